@@ -1,0 +1,16 @@
+"""The pack's nodes: a table of contents."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .guidance import SkipLayerGuidance
+from .loader import SD35Loader
+from .sampler import SD35Sampler, SD35Sigmas
+
+
+class SD35Extension(ComfyExtension):
+    """All nodes of the pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [SD35Loader, SkipLayerGuidance, SD35Sampler, SD35Sigmas]

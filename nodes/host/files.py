@@ -1,0 +1,68 @@
+"""Model files: the host's folders and the pack's own, by the names that a workflow holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+from ...sd35_core.errors import CheckpointError
+
+PACK_MODELS = Path(__file__).resolve().parents[2] / "models"
+MODEL_FOLDERS = ("diffusion_models", "checkpoints")
+FORMATS = (".safetensors", ".sft")
+
+
+def model_files() -> list[str]:
+    """Names of diffusion models and checkpoints, those of the pack first.
+
+    A name that an earlier folder has too is listed as "folder/name".
+    """
+    return list(_models())
+
+
+def _models() -> dict[str, Path | None]:
+    """Name -> the file, or None where the host knows the way."""
+    files: dict[str, Path | None] = {
+        path.name: path for path in sorted(PACK_MODELS.rglob("*.safetensors"))
+    }
+    for folder in MODEL_FOLDERS:
+        for name in listed(folder):
+            files.setdefault(f"{folder}/{name}" if name in files else name, None)
+    return files
+
+
+def listed(folder: str) -> list[str]:
+    """The safetensors files of one of the host's model folders."""
+    return [n for n in folder_paths.get_filename_list(folder) if n.lower().endswith(FORMATS)]
+
+
+def model_path(name: str) -> Path:
+    """The file behind a name of `model_files`. Raises CheckpointError when it is gone."""
+    own = _models().get(name)
+    if own is not None:
+        return own
+    for folder in MODEL_FOLDERS:
+        path = folder_paths.get_full_path(folder, name.removeprefix(f"{folder}/"))
+        if path is not None and (name.startswith(f"{folder}/") or _is_in(folder, name)):
+            return Path(path)
+    raise missing(name, " or ".join(MODEL_FOLDERS))
+
+
+def _is_in(folder: str, name: str) -> bool:
+    return name in folder_paths.get_filename_list(folder)
+
+
+def path_in(folder: str, name: str) -> Path:
+    """The file `name` of one of the host's folders. Raises CheckpointError when it is gone."""
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        raise missing(name, folder)
+    return Path(path)
+
+
+def missing(name: str, folder: str) -> CheckpointError:
+    return CheckpointError(
+        f"'{name}' is not in ComfyUI's {folder} folder any more. Put it back, or choose another "
+        "file (press R on the canvas to read the folders again)."
+    )

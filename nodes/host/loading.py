@@ -1,0 +1,116 @@
+"""Files -> the host's MODEL and VAE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+from safetensors import SafetensorError
+
+from ...sd35_core.checkpoint import StateDict, checked_config, diffusion_model, unreadable
+from ...sd35_core.errors import CheckpointError
+from .network import SD35ModelConfig
+
+WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
+    "fp8_e5m2": {"dtype": torch.float8_e5m2},
+}
+
+class ModelFile(NamedTuple):
+    """What a safetensors file holds."""
+
+    path: Path
+    tensors: StateDict
+    metadata: dict[str, Any]
+
+    def under(self, prefix: str) -> StateDict:
+        """The tensors whose keys begin with `prefix`, without it."""
+        return {k[len(prefix) :]: t for k, t in self.tensors.items() if k.startswith(prefix)}
+
+
+def read(path: Path) -> ModelFile:
+    """A file as the host reads it. Raises CheckpointError for a damaged one."""
+    try:
+        tensors, metadata = comfy.utils.load_torch_file(
+            str(path), safe_load=True, return_metadata=True
+        )
+    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
+        raise unreadable(path, error) from error
+    return ModelFile(path, tensors, dict(metadata or {}))
+
+
+def load_model(path: str, weight_dtype: str, disable_dynamic: bool = False) -> Any:
+    """The MODEL of a file; the host reloads models through here, without dynamic weights."""
+    return model_from(read(Path(path)), weight_dtype, disable_dynamic)
+
+
+def model_from(file: ModelFile, weight_dtype: str, disable_dynamic: bool = False) -> Any:
+    """The MODEL in a file, its dtype and devices chosen by the host. Raises CheckpointError."""
+    name = f"'{file.path.name}'"
+    found, _ = comfy.utils.convert_old_quants(
+        diffusion_model(file.tensors, name), "", metadata=dict(file.metadata)
+    )
+    config = SD35ModelConfig(checked_config(found, name))
+    config.quant_config = comfy.utils.detect_layer_quantization(found, "")
+
+    management = comfy.model_management
+    options = WEIGHT_DTYPES[weight_dtype]
+    device, offload_device = management.get_torch_device(), management.unet_offload_device()
+    supported = list(config.supported_inference_dtypes)
+    quantized = config.quant_config is not None
+    dtype = options.get("dtype") or management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(found),
+        supported_dtypes=supported,
+        weight_dtype=None if quantized else comfy.utils.weight_dtype(found),
+    )
+    compute = management.unet_manual_cast(None if quantized else dtype, device, supported)
+    config.set_inference_dtype(dtype, compute)
+    config.optimizations["fp8"] = options.get("fp8_optimizations", False)
+
+    model = config.get_model(found)
+    if not management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    patcher_class = comfy.model_patcher.CoreModelPatcher
+    if disable_dynamic:
+        patcher_class = comfy.model_patcher.ModelPatcher
+    patcher = patcher_class(model, load_device=device, offload_device=offload_device)
+    model.load_model_weights(found, "", assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_model, (str(file.path), weight_dtype))
+    return patcher
+
+
+def vae_from(file: ModelFile) -> Any:
+    """The VAE in a file. Raises CheckpointError when it isn't one for SD3.5."""
+    found = file.under("first_stage_model.") or dict(file.tensors)
+    vae = comfy.sd.VAE(sd=found, metadata=file.metadata)
+    if vae.first_stage_model is None or vae.latent_channels != 16:
+        seen = "none" if vae.first_stage_model is None else f"{vae.latent_channels} channels"
+        raise CheckpointError(
+            f"'{file.path.name}' has no VAE for SD3.5 (seen: {seen}; expected: 16 latent "
+            "channels). Choose the SD3.5 VAE in the vae widget, or 'none' if the latent is "
+            "decoded elsewhere."
+        )
+    return vae
+
+
+def no_vae() -> Any:
+    """A VAE that says, once it is used, that there is none."""
+    return comfy.sd.VAE(sd={})
+
+
+def summary(model: Any, encoders: list[str]) -> str:
+    """One line on what was loaded: variant, size, dtype, text encoders."""
+    config = model.model.diffusion_model.config
+    weights = model.model.diffusion_model.state_dict()
+    count = sum(tensor.numel() for tensor in weights.values() if tensor is not None)
+    return (
+        f"{config.variant}: {count / 1e9:.2f} B parameters, {model.model_dtype()}, text encoders "
+        f"{', '.join(encoders) or 'none'}"
+    ).replace("torch.", "")

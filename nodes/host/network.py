@@ -1,0 +1,204 @@
+"""MMDiTX as ComfyUI's diffusion model: its memory management, patches and wrappers apply."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import comfy.model_base
+import comfy.supported_models
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from torch import Tensor
+
+from ...sd35_core.config import MMDiTXConfig
+from ...sd35_core.errors import SettingError
+from ...sd35_core.layers import Attend, JointBlock
+from ...sd35_core.mmditx import MMDiTX, Twin
+
+Options = dict[str, Any]
+
+TWINS = "sd35_twins"
+"""In transformer_options: {uuid of a cond with skipped layers: (uuid of its source, layers)}."""
+SKIPPED = "sd35_skipped_layers"
+"""In transformer_options: layers that every row skips."""
+
+
+class HostMMDiTX(MMDiTX):
+    """MMDiTX called the way the host calls a diffusion model.
+
+    Besides the stock SD3 model's `patches_replace["dit"]` it honours DIFFUSION_MODEL wrappers
+    (EasyCache), `attn1_patch` and `attn1_output_patch` (NAG) and `patches_replace["attn1"]`
+    (perturbed attention; "middle" means the middle block).
+    """
+
+    def __init__(self, config: MMDiTXConfig, operations: Any, dtype: Any, device: Any, **_: Any):
+        super().__init__(config, operations, dtype, device)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+        control: dict[str, list[Tensor | None]] | None = None,
+        transformer_options: Options | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Velocity (B, 16, H, W); timesteps: (B,) in 0..1000."""
+        options = transformer_options if transformer_options is not None else {}
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
+        executor = WrapperExecutor.new_class_executor(self._velocity, self, wrappers)
+        return executor.execute(x, timesteps, context, y, control, options)
+
+    def _velocity(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None,
+        y: Tensor | None,
+        control: dict[str, list[Tensor | None]] | None,
+        options: Options,
+    ) -> Tensor:
+        context, y = self._checked(context, y)
+        return super().forward(
+            x,
+            timesteps,
+            context,
+            y,
+            run_block=partial(self._run_block, options),
+            residuals=(control or {}).get("output", ()),
+            twins=twins_of(len(x), options),
+        )
+
+    def _checked(self, context: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The conditioning, once its widths are the model's."""
+        wanted = (self.config.context_dim, self.config.pooled_dim)
+        seen = tuple(None if t is None else t.shape[-1] for t in (context, y))
+        if context is None or y is None or seen != wanted:
+            raise SettingError(
+                f"The prompt's encoding is {seen[0]} wide with a pooled part of {seen[1]}; this "
+                f"model ({self.config.variant}) takes {wanted[0]} and {wanted[1]}. Encode the "
+                "prompt with the CLIP output of the loader that gave the model."
+            )
+        return context, y
+
+    def _run_block(
+        self,
+        options: Options,
+        index: int,
+        block: JointBlock,
+        context: Tensor,
+        x: Tensor,
+        c: Tensor,
+        attend: Attend,
+    ) -> tuple[Tensor, Tensor]:
+        here = {
+            **options,
+            "block_index": index,
+            "block_type": "double",
+            "total_blocks": self.config.depth,
+            "block": ("double_block", index),
+        }
+        replacement = options.get("patches_replace", {}).get("dit", {}).get(("double_block", index))
+        if replacement is None:
+            return block(context, x, c, partial(self._attend, here))
+
+        def original(arguments: Options) -> Options:
+            inner = arguments.get("transformer_options", here)
+            text, image = block(
+                arguments["txt"], arguments["img"], arguments["vec"], partial(self._attend, inner)
+            )
+            return {"txt": text, "img": image}
+
+        state = {"txt": context, "img": x, "vec": c, "transformer_options": here}
+        out = replacement(state, {"original_block": original})
+        return out["txt"], out["img"]
+
+    def _attend(
+        self, options: Options, q: Tensor, k: Tensor, v: Tensor, context_tokens: int
+    ) -> Tensor:
+        """The host's attention, with what other nodes hang on it; text comes first in q, k, v."""
+        heads = self.config.heads
+        image = slice(context_tokens, q.shape[2])
+        extra = {**options, "n_heads": heads, "dim_head": q.shape[-1]}
+        extra["img_slice"] = [image.start, image.stop]
+        patches = options.get("patches", {}) if context_tokens else {}
+        for patch in patches.get("attn1_patch", ()):
+            out = patch(q, k, v, pe=None, attn_mask=None, extra_options=extra)
+            q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
+        attended = optimized_attention(
+            q, k, v, heads, skip_reshape=True, transformer_options=options
+        )
+        perturb = self._attention_replacement(options)
+        if perturb is not None:
+            own = (t[:, :, image].transpose(1, 2).flatten(2) for t in (q, k, v))
+            attended = torch.cat([attended[:, : image.start], perturb(*own, extra)], dim=1)
+        for patch in patches.get("attn1_output_patch", ()):
+            attended = patch(attended, extra)
+        return attended
+
+    def _attention_replacement(self, options: Options) -> Any:
+        """What replaces the image's attention to itself in this block, if anything does."""
+        replacements = options.get("patches_replace", {}).get("attn1", {})
+        index = options["block_index"]
+        found = replacements.get(("double_block", index))
+        if found is None and index == self.config.depth // 2:
+            found = replacements.get(("middle", 0))
+        return found
+
+
+def twins_of(rows: int, options: Options) -> list[Twin]:
+    """The batch's rows with skipped layers; rows of one cond stand together, in `uuids`' order."""
+    skipped = options.get(SKIPPED)
+    if skipped:
+        return [Twin(row, skipped) for row in range(rows)]
+    plan = options.get(TWINS)
+    if not plan:
+        return []
+    uuids = options["uuids"]
+    size = rows // len(uuids)
+    twins = []
+    for place, uuid in enumerate(uuids):
+        source, layers = plan.get(uuid, (None, None))
+        if layers:
+            origin = uuids.index(source) if source in uuids else None
+            for row in range(size):
+                start = None if origin is None else origin * size + row
+                twins.append(Twin(place * size + row, layers, start))
+    return twins
+
+
+class SD35Model(comfy.model_base.SD3):
+    """The host's own SD3 model class around our network, so LoRA, merging and saving know it."""
+
+    def __init__(self, model_config: Any, device: Any = None):
+        comfy.model_base.BaseModel.__init__(
+            self,
+            model_config,
+            comfy.model_base.ModelType.FLOW,
+            device=device,
+            unet_model=HostMMDiTX,
+        )
+
+    def encode_adm(self, **kwargs: Any) -> Tensor | None:
+        return kwargs.get("pooled_output")
+
+
+class SD35ModelConfig(comfy.supported_models.SD3):
+    """What the host wants to know about a model; used by our loader alone, never registered."""
+
+    def __init__(self, config: MMDiTXConfig):
+        super().__init__(
+            {
+                "config": config,
+                "in_channels": config.in_channels,
+                "depth": config.heads,
+                "num_blocks": config.depth,
+                "pos_embed_scaling_factor": None,
+            }
+        )
+
+    def get_model(self, state_dict: Any, prefix: str = "", device: Any = None) -> SD35Model:
+        return SD35Model(self, device=device)

@@ -1,0 +1,163 @@
+"""Text encoders: CLIP-L, CLIP-G and T5-XXL, each optional -> the host's CLIP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+import torch.nn.functional as F
+from comfy.text_encoders.sd3_clip import SD3ClipModel, SD3Tokenizer, t5_xxl_detect
+
+from ...sd35_core.checkpoint import StateDict
+from ...sd35_core.errors import CheckpointError, SettingError
+from .loading import ModelFile, read
+
+CLIP_MARK = "text_model.final_layer_norm.weight"
+MARKS = {
+    "clip_l": (CLIP_MARK, 768),
+    "clip_g": (CLIP_MARK, 1280),
+    "t5xxl": ("encoder.final_layer_norm.weight", 4096),
+}
+"""Encoder -> a tensor that it has, and the width of the published one."""
+TINY = 512
+"""Below this width an encoder belongs to a small model trained for itself."""
+CONTEXT_WIDTH = 4096
+
+
+def encoders_in(file: ModelFile) -> dict[str, StateDict]:
+    """The text encoders of a single-file checkpoint, each under its own keys."""
+    found = {name: file.under(f"text_encoders.{name}.transformer.") for name in MARKS}
+    return {name: tensors for name, tensors in found.items() if MARKS[name][0] in tensors}
+
+
+def read_encoder(name: str, path: Path) -> StateDict:
+    """One text encoder's file. Raises CheckpointError when it holds another model."""
+    file = read(path)
+    tensors, _ = comfy.utils.convert_old_quants(file.tensors, "", metadata=file.metadata)
+    if "transformer.resblocks.0.ln_1.weight" in tensors:
+        return tensors
+    mark, width = MARKS[name]
+    seen = tensors[mark].shape[0] if mark in tensors else None
+    if seen is None or (seen != width and seen >= TINY):
+        raise CheckpointError(
+            f"'{path.name}' is not the text encoder {name}: "
+            + (f"it has no '{mark}'" if seen is None else f"it is {seen} wide, expected {width}")
+            + f". Choose a {name} file, or 'none' to do without."
+        )
+    return tensors
+
+
+def load_clip(model_path: str, paths: dict[str, str | None], disable_dynamic: bool = False) -> Any:
+    """The patcher of a CLIP, for the host, which reloads it through here."""
+    return clip_from(read(Path(model_path)), paths, disable_dynamic).patcher
+
+
+def clip_from(
+    file: ModelFile, paths: dict[str, str | None], disable_dynamic: bool = False
+) -> Any:
+    """The CLIP of the encoders in `paths`: a file each, or None for the one in the model's file.
+
+    Raises SettingError when there is no encoder at all.
+    """
+    inside = encoders_in(file)
+    encoders = {}
+    for name, path in paths.items():
+        if path is not None:
+            encoders[name] = read_encoder(name, Path(path))
+        elif name in inside:
+            encoders[name] = inside[name]
+    if not encoders:
+        raise SettingError(
+            f"No text encoder: '{file.path.name}' holds none, and none was chosen. Choose clip_l, "
+            "clip_g or t5xxl files, or set all three to 'none' if prompts are encoded elsewhere."
+        )
+    widths = [sd[CLIP_MARK].shape[0] for sd in encoders.values() if CLIP_MARK in sd]
+    tiny = any(width < TINY for width in widths)
+    clip = (_tiny if tiny else _published)(encoders, file, disable_dynamic)
+    clip.patcher.cached_patcher_init = (load_clip, (str(file.path), paths))
+    return clip
+
+
+def _published(encoders: dict[str, StateDict], file: ModelFile, disable_dynamic: bool) -> Any:
+    return comfy.sd.load_text_encoder_state_dicts(
+        list(encoders.values()),
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        clip_type=comfy.sd.CLIPType.SD3,
+        disable_dynamic=disable_dynamic,
+    )
+
+
+class _Target(NamedTuple):
+    clip: Any
+    tokenizer: Any
+    params: dict[str, Any]
+
+
+class TinySD3Clip(SD3ClipModel):
+    """The host's SD3 text path with CLIP encoders of other widths than the published ones."""
+
+    def __init__(self, widths: dict[str, int], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.widths = widths
+
+    def encode_token_weights(self, token_weight_pairs: dict[str, Any]) -> tuple[Any, ...]:
+        """Context (1, L, 4096), pooled (1, widths together), and nothing more."""
+        hidden, pooled = [], []
+        for name, encoder in (("clip_l", self.clip_l), ("clip_g", self.clip_g)):
+            if encoder is None:
+                hidden.append(torch.zeros(1, 77, self.widths[name]))
+                pooled.append(torch.zeros(1, self.widths[name]))
+            else:
+                tokens, summary = encoder.encode_token_weights(token_weight_pairs[name[-1]])
+                hidden.append(tokens)
+                pooled.append(summary)
+        length = max(part.shape[1] for part in hidden)
+        context = torch.cat([F.pad(p, (0, 0, 0, length - p.shape[1])) for p in hidden], dim=-1)
+        context = F.pad(context, (0, CONTEXT_WIDTH - context.shape[-1]))
+        if self.t5xxl is not None:
+            t5 = self.t5xxl.encode_token_weights(token_weight_pairs["t5xxl"])[0]
+            context = torch.cat([context, t5], dim=-2)
+        return context, torch.cat(pooled, dim=-1), {}
+
+    def load_sd(self, sd: StateDict) -> Any:
+        return self.load_state_dict(sd, strict=False)
+
+
+def _tiny(encoders: dict[str, StateDict], file: ModelFile, disable_dynamic: bool) -> Any:
+    described = json.loads(file.metadata.get("sd35_config", "{}")).get("text_encoders", {})
+    if set(described) != {"clip_l", "clip_g"}:
+        raise CheckpointError(
+            f"'{file.path.name}' has small text encoders but its metadata 'sd35_config' does not "
+            f"describe clip_l and clip_g (seen: {sorted(described)}). Use the file as it came."
+        )
+    params = {
+        "clip_l": "clip_l" in encoders,
+        "clip_g": "clip_g" in encoders,
+        "t5": "t5xxl" in encoders,
+        "widths": {name: config["hidden_size"] for name, config in described.items()},
+        **(t5_xxl_detect(encoders["t5xxl"]) if "t5xxl" in encoders else {}),
+    }
+    state = {
+        f"{name}.transformer.{key}": tensor
+        for name, tensors in encoders.items()
+        for key, tensor in tensors.items()
+    }
+    return comfy.sd.CLIP(
+        _Target(TinySD3Clip, SD3Tokenizer, params),
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        parameters=sum(tensor.numel() for tensor in state.values()),
+        state_dict=state,
+        model_options={f"{name}_model_config": config for name, config in described.items()},
+        disable_dynamic=disable_dynamic,
+    )
+
+
+def names_in(clip: Any) -> list[str]:
+    """The encoders of a CLIP."""
+    model = clip.cond_stage_model if clip is not None else None
+    return [name for name in MARKS if getattr(model, name, None) is not None]

@@ -1,0 +1,108 @@
+"""SD35Loader: files -> MODEL, CLIP, VAE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comfy_api.latest import io
+
+from .host import files, loading, text
+from .host.report import tell
+
+FROM_MODEL = "from model file"
+NONE = "none"
+
+
+class SD35Loader(io.ComfyNode):
+    """Loads any SD3 or SD3.5 model, from one file or from several."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        encoders = [FROM_MODEL, NONE, *files.listed("text_encoders")]
+        return io.Schema(
+            node_id="SD35Loader",
+            display_name="SD3.5 Loader",
+            category="SD3.5",
+            description="Loads Stable Diffusion 3 or 3.5: one checkpoint, or a diffusion model "
+            "with text encoders and VAE beside it. Says which variant it found.",
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=files.model_files(),
+                    tooltip="Checkpoint or diffusion model, in Stability's, ComfyUI's or "
+                    "diffusers' layout. sd35_nano.safetensors comes with the pack.",
+                ),
+                io.Combo.Input(
+                    "clip_l",
+                    options=encoders,
+                    tooltip="CLIP-L. 'from model file' takes it from a checkpoint if it is there.",
+                ),
+                io.Combo.Input(
+                    "clip_g",
+                    options=encoders,
+                    tooltip="CLIP-G. 'from model file' takes it from a checkpoint if it is there.",
+                ),
+                io.Combo.Input(
+                    "t5xxl",
+                    options=encoders,
+                    tooltip="T5-XXL, optional: 'none' saves 5 to 10 GB and costs long prompts "
+                    "and lettering some accuracy.",
+                ),
+                io.Combo.Input(
+                    "vae",
+                    options=[FROM_MODEL, NONE, *files.listed("vae")],
+                    tooltip="SD3.5's VAE has 16 channels; those of SD 1.5 and SDXL don't fit.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(loading.WEIGHT_DTYPES),
+                    tooltip="How the diffusion model's weights are kept. fp8 halves their memory "
+                    "and changes the picture a little; default keeps what the file has.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The diffusion model."),
+                io.Clip.Output(tooltip="The text encoders together."),
+                io.Vae.Output(tooltip="Turns latents into pictures and back."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(
+        cls, model: str, clip_l: str, clip_g: str, t5xxl: str, vae: str, weight_dtype: str
+    ) -> list[tuple[str, int, int]]:
+        """Changes when a chosen file is replaced, so that it is loaded again."""
+        encoders = {"clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl}
+        paths = [files.model_path(model), *encoder_paths(encoders).values()]
+        if vae not in (FROM_MODEL, NONE):
+            paths.append(files.path_in("vae", vae))
+        stats = [(str(path), Path(path).stat()) for path in paths if path is not None]
+        return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+    @classmethod
+    def execute(
+        cls, model: str, clip_l: str, clip_g: str, t5xxl: str, vae: str, weight_dtype: str
+    ) -> io.NodeOutput:
+        file = loading.read(files.model_path(model))
+        patcher = loading.model_from(file, weight_dtype)
+        encoders = encoder_paths({"clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl})
+        clip = text.clip_from(file, encoders) if encoders else None
+        if vae == NONE:
+            decoder = loading.no_vae()
+        elif vae == FROM_MODEL:
+            decoder = loading.vae_from(file)
+        else:
+            decoder = loading.vae_from(loading.read(files.path_in("vae", vae)))
+        tell(loading.summary(patcher, text.names_in(clip)), cls.hidden.unique_id)
+        return io.NodeOutput(patcher, clip, decoder)
+
+
+def encoder_paths(chosen: dict[str, str]) -> dict[str, str | None]:
+    """Encoder -> its file, or None for the model's own; those set to 'none' are left out."""
+    return {
+        name: None if value == FROM_MODEL else str(files.path_in("text_encoders", value))
+        for name, value in chosen.items()
+        if value != NONE
+    }

@@ -1,0 +1,239 @@
+"""SD3.5 files: find the diffusion model in a state dict, give its keys Stability's names, load it.
+
+Three layouts are read: Stability's (with or without the prefix `model.diffusion_model.`),
+ComfyUI's (a single file that also holds text encoders and VAE) and diffusers'.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import MMDiTXConfig, Shapes, config_from_shapes
+from .errors import CheckpointError
+from .layers import Operations
+from .mmditx import MMDiTX
+
+StateDict = dict[str, Tensor]
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+MARK = "joint_blocks.0.x_block.attn.qkv.weight"
+DIFFUSERS_MARK = "transformer_blocks.0.attn.add_q_proj.weight"
+CONTROLNET_MARKS = ("controlnet_blocks.0.weight", "pos_embed_input.proj.weight")
+VAE_MARKS = ("decoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight")
+QUANTIZATION_SUFFIXES = (".weight_scale", ".input_scale", ".comfy_quant", ".scale_weight")
+
+_RENAMED = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+_RENAMED_IN_BLOCK = {
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+_JOINED_IN_BLOCK = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+}
+
+
+def read_file(path: str | Path) -> tuple[StateDict, dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Raises CheckpointError for a damaged one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), metadata
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str | Path, error: Exception) -> CheckpointError:
+    """The error for a file that is no whole safetensors file."""
+    path = Path(path)
+    size = f"{path.stat().st_size:,} bytes" if path.is_file() else "not there"
+    return CheckpointError(
+        f"'{path.name}' can't be read as a safetensors file ({size}): {error}. It was probably "
+        "not downloaded to its end; download it again."
+    )
+
+
+def write_file(path: str | Path, tensors: StateDict, metadata: dict[str, Any]) -> None:
+    """Write a safetensors file under its final name only once it is whole."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    text = {key: v if isinstance(v, str) else json.dumps(v) for key, v in metadata.items()}
+    save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata=text)
+    partial.replace(path)
+
+
+def diffusion_model(state_dict: Mapping[str, Tensor], source: str = "this file") -> StateDict:
+    """The diffusion model's tensors alone, under Stability's keys without prefix.
+
+    Raises CheckpointError, saying what the file seems to be, when there is none.
+    """
+    for prefix in PREFIXES:
+        if prefix + MARK in state_dict:
+            found = {k[len(prefix) :]: t for k, t in state_dict.items() if k.startswith(prefix)}
+            return _without_foreign(found) if prefix == "" else found
+        if prefix + DIFFUSERS_MARK in state_dict and not _is_controlnet(state_dict, prefix):
+            found = {k[len(prefix) :]: t for k, t in state_dict.items() if k.startswith(prefix)}
+            return from_diffusers(found, source)
+    raise CheckpointError(f"{source} is not an SD3.5 diffusion model: {_looks_like(state_dict)}")
+
+
+def _is_controlnet(state_dict: Mapping[str, Tensor], prefix: str = "") -> bool:
+    return any(prefix + mark in state_dict for mark in CONTROLNET_MARKS)
+
+
+def _without_foreign(state_dict: StateDict) -> StateDict:
+    """Leave out the other models of a single file whose diffusion model has no prefix."""
+    foreign = ("first_stage_model.", "text_encoders.", "cond_stage_model.")
+    return {key: tensor for key, tensor in state_dict.items() if not key.startswith(foreign)}
+
+
+def _looks_like(state_dict: Mapping[str, Tensor]) -> str:
+    if _is_controlnet(state_dict):
+        return "it is a ControlNet. Load it with a ControlNet loader and choose a model here."
+    if any(mark in state_dict for mark in VAE_MARKS) or any("taesd_" in k for k in state_dict):
+        return "it is a VAE. Choose it in the vae widget and a diffusion model here."
+    if any(".lora_" in key or key.startswith("lora_") for key in state_dict):
+        return "it is a LoRA. Choose the model here and add a LoRA loader after this node."
+    if any("text_model.encoder" in k or "SelfAttention.q" in k for k in state_dict):
+        return "it is a text encoder. Choose it in a text encoder widget and a model here."
+    first = next(iter(state_dict), "none at all")
+    return (
+        f"it has {len(state_dict)} tensors and no '{MARK}' among them (the first is '{first}'). "
+        "Choose a Stable Diffusion 3 or 3.5 model."
+    )
+
+
+def from_diffusers(state_dict: Mapping[str, Tensor], source: str = "this file") -> StateDict:
+    """diffusers' SD3Transformer2DModel keys -> Stability's. q, k, v are joined.
+
+    diffusers keeps (scale, shift) where Stability has (shift, scale) in the final layer and in
+    the last text block; they change places. Raises CheckpointError for keys it does not know.
+    """
+    found: StateDict = {}
+    blocks: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in state_dict.items():
+        if key.startswith("transformer_blocks."):
+            _, index, rest = key.split(".", 2)
+            blocks.setdefault(int(index), {})[rest] = tensor
+            continue
+        name, suffix = (key, "") if key in _RENAMED else key.rsplit(".", 1)
+        if name not in _RENAMED:
+            raise _unknown_key(source, key)
+        found[_RENAMED[name] + (f".{suffix}" if suffix else "")] = tensor
+    for index, tensors in blocks.items():
+        for key, tensor in _block_from_diffusers(tensors, source).items():
+            found[f"joint_blocks.{index}.{key}"] = tensor
+    last = f"joint_blocks.{max(blocks)}.context_block.adaLN_modulation.1"
+    for name in ("final_layer.adaLN_modulation.1", last):
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key in found:
+                scale, shift = found[key].chunk(2)
+                found[key] = torch.cat([shift, scale])
+    return found
+
+
+def _block_from_diffusers(tensors: dict[str, Tensor], source: str) -> StateDict:
+    found: StateDict = {}
+    for name, parts in _JOINED_IN_BLOCK.items():
+        for suffix in ("weight", "bias"):
+            keys = [f"{part}.{suffix}" for part in parts]
+            if all(key in tensors for key in keys):
+                found[f"{name}.{suffix}"] = torch.cat([tensors.pop(key) for key in keys])
+    for key, tensor in tensors.items():
+        name, suffix = key.rsplit(".", 1)
+        if name not in _RENAMED_IN_BLOCK:
+            raise _unknown_key(source, f"transformer_blocks.*.{key}")
+        found[f"{_RENAMED_IN_BLOCK[name]}.{suffix}"] = tensor
+    return found
+
+
+def _unknown_key(source: str, key: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source} has a tensor '{key}', which diffusers' SD3 transformer does not have. "
+        "The file is damaged or of another model; download the original."
+    )
+
+
+def shapes_of(state_dict: Mapping[str, Tensor]) -> Shapes:
+    return {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+
+
+def checked_config(state_dict: Mapping[str, Tensor], source: str = "this file") -> MMDiTXConfig:
+    """The configuration, once every tensor is there, of the right shape and finite.
+
+    Quantization's own entries beside a weight are left to who loads them. Raises CheckpointError.
+    """
+    config = config_from_shapes(shapes_of(state_dict), source)
+    expected = shapes_of(MMDiTX(config, device="meta").state_dict())
+    packed = {k.rsplit(".", 1)[0] for k in state_dict if k.endswith(QUANTIZATION_SUFFIXES)}
+    missing = sorted(expected.keys() - state_dict.keys())
+    if missing:
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} of {len(expected)} tensors, '{missing[0]}' among "
+            "them. The file is incomplete; download it again."
+        )
+    for key, shape in expected.items():
+        seen = tuple(state_dict[key].shape)
+        if seen != shape and key.rsplit(".", 1)[0] not in packed:
+            raise CheckpointError(
+                f"{source}: '{key}' has shape {list(seen)}, expected {list(shape)} in a "
+                f"{config.variant}. The file mixes two models or is damaged; use the original."
+            )
+    for key in expected:
+        if not _finite(state_dict[key]):
+            raise CheckpointError(
+                f"{source}: '{key}' holds NaN or infinite values, so every picture would be "
+                "black. The file is damaged or was converted wrongly; download the original."
+            )
+    return config
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are finite; one pass over the memory, without a copy of it."""
+    if not tensor.dtype.is_floating_point or tensor.numel() == 0:
+        return True
+    if tensor.dtype.itemsize == 1:
+        return True
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32)))
+
+
+def load(path: str | Path, operations: Operations = torch.nn, dtype: Any = None) -> MMDiTX:
+    """An MMDiTX with the weights of a file, on the CPU, in the file's own dtype or `dtype`."""
+    tensors = diffusion_model(read_file(path)[0], f"'{Path(path).name}'")
+    config = checked_config(tensors, f"'{Path(path).name}'")
+    model = MMDiTX(config, operations, device="meta")
+    tensors = {key: tensors[key].to(dtype) if dtype else tensors[key] for key in model.state_dict()}
+    model.load_state_dict(tensors, assign=True)
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,70 @@
+"""Classifier-free guidance and Skip Layer Guidance: the maths, free of any network or host."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .errors import SettingError
+
+
+@dataclass(frozen=True)
+class SkipLayers:
+    """Guidance away from what the network predicts with some layers left out.
+
+    `start` and `end` are shares of the steps, 0..1; both ends are strict.
+    """
+
+    layers: frozenset[int]
+    scale: float
+    start: float
+    end: float
+
+    def active(self, step: int, steps: int) -> bool:
+        """Whether it acts on `step`, counted from 0, of `steps`."""
+        return self.scale != 0 and bool(self.layers) and self.start * steps < step < self.end * steps
+
+
+def parse_layers(text: str, depth: int | None = None) -> frozenset[int]:
+    """"7, 8, 9" or "7-9" -> {7, 8, 9}; an empty text is no layer.
+
+    Raises SettingError for anything else, and for layers outside 0..depth-1 when depth is known.
+    """
+    layers: set[int] = set()
+    for part in filter(None, re.split(r"[,;\s]+", text)):
+        span = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        if span is None:
+            raise SettingError(
+                f"layers is '{text}': '{part}' is not a layer number. Write numbers separated by "
+                "commas, such as 7, 8, 9."
+            )
+        first, last = int(span[1]), int(span[2] or span[1])
+        layers.update(range(first, last + 1))
+    outside = sorted(layer for layer in layers if depth is not None and layer >= depth)
+    if outside:
+        raise SettingError(
+            f"layers is '{text}', but this model has layers 0 to {(depth or 0) - 1}; there is no "
+            f"layer {', '.join(map(str, outside))}."
+        )
+    return frozenset(layers)
+
+
+def guided(uncond: Tensor, cond: Tensor, cfg: float) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022)."""
+    return uncond + cfg * (cond - uncond)
+
+
+def away_from_skipped(denoised: Tensor, cond: Tensor, skipped: Tensor, scale: float) -> Tensor:
+    """Add Skip Layer Guidance to an already guided `denoised`."""
+    return denoised + scale * (cond - skipped)
+
+
+def step_of(sigma: float, schedule: Tensor) -> int:
+    """The step, from 0, in which a model call at `sigma` falls; schedule: (steps + 1,), falling.
+
+    Calls between two levels, as second-order samplers make them, belong to the step under way.
+    """
+    reached = (schedule[:-1] >= sigma * (1 - 1e-6)).sum()
+    return max(int(reached) - 1, 0)

@@ -1,0 +1,204 @@
+"""The parts of an MMDiT-X block. Attribute names are the checkpoint's keys."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import HEAD_WIDTH, TIMESTEP_WIDTH
+
+Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""(q, k, v, context tokens) -> output. q, k, v: (B, heads, L, 64), output: (B, L, heads * 64).
+
+The first `context tokens` of L are text, the rest image; 0 means the image attends to itself."""
+
+Operations = Any
+"""A namespace with torch.nn's Linear, Conv2d, LayerNorm and RMSNorm; torch.nn itself by default."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, context_tokens: int) -> Tensor:
+    """Scaled dot-product attention by torch, the default `Attend`."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift; x: (B, L, hidden), shift and scale: (B, 1, hidden)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def sinusoid(timestep: Tensor, width: int = TIMESTEP_WIDTH, max_period: float = 10000) -> Tensor:
+    """Cosines and sines of (B,) timesteps in 0..1000, fp32: (B, width). Vaswani et al. 2017."""
+    half = width // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+    angles = timestep.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Embedder(nn.Module):
+    """Two Linear layers with SiLU between: timesteps or pooled text -> (B, hidden)."""
+
+    def __init__(self, width: int, hidden: int, operations: Operations, **factory: Any):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            operations.Linear(width, hidden, **factory),
+            nn.SiLU(),
+            operations.Linear(hidden, hidden, **factory),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+class PatchEmbedder(nn.Module):
+    """Patches of a latent (B, C, H, W) -> tokens (B, H/p * W/p, hidden), row by row."""
+
+    def __init__(
+        self, channels: int, patch: int, hidden: int, operations: Operations, **factory: Any
+    ):
+        super().__init__()
+        self.proj = operations.Conv2d(channels, hidden, kernel_size=patch, stride=patch, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh form), Linear; four times as wide inside."""
+
+    def __init__(self, hidden: int, operations: Operations, **factory: Any):
+        super().__init__()
+        self.fc1 = operations.Linear(hidden, 4 * hidden, **factory)
+        self.fc2 = operations.Linear(4 * hidden, hidden, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Attention(nn.Module):
+    """The projections around an attention; the attention itself is the caller's `Attend`."""
+
+    def __init__(
+        self,
+        hidden: int,
+        qk_norm: bool,
+        operations: Operations,
+        project: bool = True,
+        **factory: Any,
+    ):
+        super().__init__()
+        self.qkv = operations.Linear(hidden, 3 * hidden, **factory)
+        if project:
+            self.proj = operations.Linear(hidden, hidden, **factory)
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.ln_q = operations.RMSNorm(HEAD_WIDTH, eps=1e-6, **factory)
+            self.ln_k = operations.RMSNorm(HEAD_WIDTH, eps=1e-6, **factory)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, hidden) -> q, k, v, each (B, heads, L, 64)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
+        if self.qk_norm:
+            q, k = self.ln_q(q), self.ln_k(k)
+        return q, k, v
+
+
+class Stream(nn.Module):
+    """One of the two streams of a joint block: text (`context_block`) or image (`x_block`).
+
+    `dual` adds MMDiT-X's second attention, over the image alone; `pre_only` is the last text
+    block, which hands over its q, k, v and ends there.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        qk_norm: bool,
+        operations: Operations,
+        dual: bool = False,
+        pre_only: bool = False,
+        **factory: Any,
+    ):
+        super().__init__()
+        self.pre_only = pre_only
+        self.dual = dual
+        norm = {"elementwise_affine": False, "eps": 1e-6, **factory}
+        self.norm1 = operations.LayerNorm(hidden, **norm)
+        self.attn = Attention(hidden, qk_norm, operations, project=not pre_only, **factory)
+        if dual:
+            self.attn2 = Attention(hidden, qk_norm, operations, **factory)
+        if not pre_only:
+            self.norm2 = operations.LayerNorm(hidden, **norm)
+            self.mlp = Mlp(hidden, operations, **factory)
+        self.modulations = 2 if pre_only else 9 if dual else 6
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), operations.Linear(hidden, self.modulations * hidden, **factory)
+        )
+
+    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
+        """(B, hidden) -> shift, scale, gate of attention, of the MLP, of attn2; (B, 1, hidden)."""
+        return self.adaLN_modulation(c)[:, None].chunk(self.modulations, dim=-1)
+
+    def finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """Add the gated attention, then the gated MLP."""
+        gate, shift, scale, gate_mlp = modulation[2:6]
+        x = torch.addcmul(x, gate, self.attn.proj(attended))
+        return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift, scale)))
+
+
+class JointBlock(nn.Module):
+    """Text and image, each with its own weights, meet in one attention over all tokens."""
+
+    def __init__(
+        self,
+        hidden: int,
+        qk_norm: bool,
+        operations: Operations,
+        dual: bool,
+        last: bool,
+        **factory: Any,
+    ):
+        super().__init__()
+        self.context_block = Stream(hidden, qk_norm, operations, pre_only=last, **factory)
+        self.x_block = Stream(hidden, qk_norm, operations, dual=dual, **factory)
+
+    def forward(
+        self, context: Tensor, x: Tensor, c: Tensor, attend: Attend = attention
+    ) -> tuple[Tensor, Tensor]:
+        """context: (B, L, hidden), x: (B, N, hidden), c: (B, hidden) -> the next context and x."""
+        text, image = self.context_block, self.x_block
+        text_modulation, image_modulation = text.modulation(c), image.modulation(c)
+        normed = image.norm1(x)
+        text_heads = text.attn.heads(modulate(text.norm1(context), *text_modulation[:2]))
+        image_heads = image.attn.heads(modulate(normed, *image_modulation[:2]))
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_heads, image_heads))
+        length = context.shape[1]
+        attended = attend(q, k, v, length)
+        if not text.pre_only:
+            context = text.finish(context, attended[:, :length], text_modulation)
+        if image.dual:
+            shift, scale, gate = image_modulation[6:]
+            own = attend(*image.attn2.heads(modulate(normed, shift, scale)), 0)
+            x = torch.addcmul(x, gate, image.attn2.proj(own))
+        return context, image.finish(x, attended[:, length:], image_modulation)
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B, N, hidden) -> patches (B, N, p * p * channels)."""
+
+    def __init__(self, hidden: int, patch: int, channels: int, operations: Operations, **factory: Any):
+        super().__init__()
+        self.norm_final = operations.LayerNorm(
+            hidden, elementwise_affine=False, eps=1e-6, **factory
+        )
+        self.linear = operations.Linear(hidden, patch * patch * channels, **factory)
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), operations.Linear(hidden, 2 * hidden, **factory)
+        )
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))

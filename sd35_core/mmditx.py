@@ -1,0 +1,207 @@
+"""MMDiT-X, the network of SD3 and SD3.5 (Esser et al. 2024, arXiv:2403.03206)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import TIMESTEP_WIDTH, MMDiTXConfig
+from .errors import SettingError
+from .layers import (
+    Attend,
+    Embedder,
+    FinalLayer,
+    JointBlock,
+    Operations,
+    PatchEmbedder,
+    attention,
+    sinusoid,
+)
+
+RunBlock = Callable[..., tuple[Tensor, Tensor]]
+"""(index, block, context, x, c, attend) -> context, x: how a block is run; a host hooks in here."""
+
+Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def run_block(
+    index: int, block: JointBlock, context: Tensor, x: Tensor, c: Tensor, attend: Attend
+) -> tuple[Tensor, Tensor]:
+    """The default `RunBlock`: just run it."""
+    return block(context, x, c, attend)
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A batch row that is run with some layers skipped: they are the identity on both streams.
+
+    `source` is a row with equal inputs, if there is one in the batch: up to the first skipped
+    layer the two are the same, so the twin joins the batch only there.
+    """
+
+    row: int
+    layers: frozenset[int]
+    source: int | None = None
+
+
+class MMDiTX(nn.Module):
+    """The velocity that carries a noisy latent to its picture.
+
+    One class for sd3_medium, sd3.5_medium (attn2 in some blocks), sd3.5_large and turbo.
+    `operations` supplies the layers: torch.nn by default, a host's or a quantized set otherwise.
+    """
+
+    def __init__(
+        self, config: MMDiTXConfig, operations: Operations = nn, dtype: Any = None, device: Any = None
+    ):
+        super().__init__()
+        factory = {"dtype": dtype, "device": device}
+        hidden = config.hidden
+        self.config = config
+        self.dtype = dtype
+        self.x_embedder = PatchEmbedder(
+            config.in_channels, config.patch_size, hidden, operations, **factory
+        )
+        self.t_embedder = Embedder(TIMESTEP_WIDTH, hidden, operations, **factory)
+        self.y_embedder = Embedder(config.pooled_dim, hidden, operations, **factory)
+        self.context_embedder = operations.Linear(config.context_dim, hidden, **factory)
+        self.register_buffer(
+            "pos_embed", torch.empty(1, config.pos_embed_max_size**2, hidden, **factory)
+        )
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(
+                hidden,
+                config.qk_norm,
+                operations,
+                dual=i in config.dual_blocks,
+                last=i == config.depth - 1,
+                **factory,
+            )
+            for i in range(config.depth)
+        )
+        self.final_layer = FinalLayer(
+            hidden, config.patch_size, config.in_channels, operations, **factory
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        y: Tensor,
+        *,
+        attend: Attend = attention,
+        run_block: RunBlock = run_block,
+        residuals: Sequence[Tensor | None] = (),
+        twins: Sequence[Twin] = (),
+    ) -> Tensor:
+        """Velocity (B, 16, H, W) of x: (B, 16, H, W) at timestep: (B,) in 0..1000.
+
+        context: (B, L, context_dim), y: (B, pooled_dim); `residuals[i]` (B, N, hidden) is added
+        to the image after block i; `twins` are rows with skipped layers, which take no residual
+        at a layer they skip. Raises SettingError for a latent larger than the position table.
+        """
+        height, width = x.shape[-2:]
+        x = self.embed(x)
+        c = self.t_embedder(sinusoid(timestep).to(x.dtype)) + self.y_embedder(y)
+        context = self.context_embedder(context)
+        rows = _Rows(len(x), twins, self.config.depth)
+        context, x, c = (rows.leading(tensor) for tensor in (context, x, c))
+        for i, block in enumerate(self.joint_blocks):
+            context, x, c = rows.join(i, context, x, c)
+            step = partial(run_block, i, block, attend=attend)
+            residual = residuals[i] if i < len(residuals) else None
+            context, x = rows.run(i, step, context, x, c, residual)
+        x, c = rows.join(self.config.depth, x, c)
+        x = self.final_layer(rows.ordered(x), rows.ordered(c))
+        return self.unpatchify(x, height, width)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Latent (B, 16, H, W) -> tokens with their positions, (B, N, hidden)."""
+        patch = self.config.patch_size
+        odd_height, odd_width = -x.shape[-2] % patch, -x.shape[-1] % patch
+        if odd_height or odd_width:
+            x = F.pad(x, (0, odd_width, 0, odd_height), mode="circular")
+        tokens = self.x_embedder(x)
+        return tokens + self.positions(x.shape[-2] // patch, x.shape[-1] // patch).to(tokens)
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """The centre crop of the position table, (1, rows * columns, hidden)."""
+        size = self.config.pos_embed_max_size
+        if rows > size or columns > size:
+            pixels = 8 * self.config.patch_size
+            raise SettingError(
+                f"The picture is {columns * pixels}x{rows * pixels} pixels; this model's position "
+                f"table ends at {size * pixels}x{size * pixels}. Make the latent smaller."
+            )
+        top, left = (size - rows) // 2, (size - columns) // 2
+        table = self.pos_embed.unflatten(1, (size, size))
+        return table[:, top : top + rows, left : left + columns].flatten(1, 2)
+
+    def unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Patches (B, N, p * p * C) -> latent (B, C, height, width), the padding cut off."""
+        patch = self.config.patch_size
+        rows = -(-height // patch)
+        x = x.unflatten(-1, (patch, patch, -1)).unflatten(1, (rows, -1))
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)[..., :height, :width]
+
+
+class _Rows:
+    """The rows of a batch on their way through the blocks, with twins joining on the way."""
+
+    def __init__(self, count: int, twins: Sequence[Twin], depth: int):
+        self.skipped = {twin.row: twin.layers for twin in twins}
+        self.joining = {
+            twin.row: (min(twin.layers, default=depth), twin.source)
+            for twin in twins
+            if twin.source is not None
+        }
+        self.all_lead = not self.joining
+        self.present = [row for row in range(count) if row not in self.joining]
+
+    def leading(self, tensor: Tensor) -> Tensor:
+        """The rows that start at the first block."""
+        return tensor if self.all_lead else tensor[self.present]
+
+    def join(self, index: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Append copies of their sources for the twins whose first skipped layer is `index`."""
+        new = {row: source for row, (first, source) in self.joining.items() if first == index}
+        if not new:
+            return tensors
+        places = [self.present.index(source) for source in new.values()]
+        self.present += new
+        return tuple(torch.cat([tensor, tensor[places]]) for tensor in tensors)
+
+    def run(
+        self, index: int, step: Step, context: Tensor, x: Tensor, c: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run block `index` on every present row that does not skip it."""
+        places = [
+            place
+            for place, row in enumerate(self.present)
+            if index not in self.skipped.get(row, ())
+        ]
+        if not places:
+            return context, x
+        whole = len(places) == len(self.present)
+        inputs = (context, x, c) if whole else (context[places], x[places], c[places])
+        new_context, new_x = step(*inputs)
+        if residual is not None:
+            rows = [self.present[place] for place in places]
+            new_x = new_x + (residual if rows == list(range(len(residual))) else residual[rows])
+        if whole:
+            return new_context, new_x
+        where = torch.tensor(places, device=x.device)
+        return context.index_copy(0, where, new_context), x.index_copy(0, where, new_x)
+
+    def ordered(self, tensor: Tensor) -> Tensor:
+        """The rows in the order in which they came."""
+        if self.all_lead:
+            return tensor
+        return tensor[sorted(range(len(self.present)), key=self.present.__getitem__)]

@@ -1,0 +1,150 @@
+"""Noise schedules and samplers for a rectified flow.
+
+A sigma is the share of noise in x: 1 is pure noise, 0 the picture. The samplers have
+k-diffusion's signature, so that a host can call them as its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import SettingError
+
+STEPS_OF_TRAINING = 1000
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Time in 0..1 -> sigma: shift t / (1 + (shift - 1) t). Esser et al. 2024, section 5.3.2."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def _normal(steps: int, shift: float) -> Tensor:
+    """The reference's: timesteps from the largest to the smallest sigma, shifted once more."""
+    lowest = float(shifted(torch.tensor(1 / STEPS_OF_TRAINING), shift))
+    timesteps = torch.linspace(STEPS_OF_TRAINING, lowest * STEPS_OF_TRAINING, steps)
+    return shifted(timesteps / STEPS_OF_TRAINING, shift)
+
+
+def _simple(steps: int, shift: float) -> Tensor:
+    """Equal steps in time on the training grid, shifted once."""
+    grid = [STEPS_OF_TRAINING - int(i * STEPS_OF_TRAINING / steps) for i in range(steps)]
+    return shifted(torch.tensor(grid, dtype=torch.float32) / STEPS_OF_TRAINING, shift)
+
+
+def _sgm_uniform(steps: int, shift: float) -> Tensor:
+    """As normal, but the last point of the grid is left out, so the last step is a longer one."""
+    return _normal(steps + 1, shift)[:-1]
+
+
+def _beta(steps: int, shift: float, shape: float = 0.6) -> Tensor:
+    """Quantiles of a Beta distribution: dense at both ends (Lee et al. 2024, arXiv:2407.12173)."""
+    angle = torch.linspace(0, math.pi / 2, 20001, dtype=torch.float64)
+    density = (angle.sin() * angle.cos()) ** (2 * shape - 1)
+    mass = torch.cumulative_trapezoid(density, angle)
+    mass = torch.cat([mass.new_zeros(1), mass / mass[-1]])
+    wanted = 1 - torch.arange(steps, dtype=torch.float64) / steps
+    right = torch.searchsorted(mass, wanted).clamp(1, len(mass) - 1)
+    share = (wanted - mass[right - 1]) / (mass[right] - mass[right - 1])
+    quantile = torch.lerp(angle[right - 1], angle[right], share).sin() ** 2
+    index = (quantile * (STEPS_OF_TRAINING - 1)).round().unique().flip(0)
+    return shifted((index.float() + 1) / STEPS_OF_TRAINING, shift)
+
+
+def _linear_quadratic(steps: int, shift: float, first: float = 0.025) -> Tensor:
+    """Half the steps, evenly, on the first 2.5 % of the way, the rest quadratically; no shift."""
+    if steps == 1:
+        return torch.ones(1)
+    half = steps // 2
+    slope = first / half
+    curve = (1 - slope * steps) / (steps - half) ** 2
+    i = torch.arange(steps, dtype=torch.float32)
+    return 1 - (slope * i + curve * (i - half).clamp(min=0) ** 2)
+
+
+SCHEDULES: dict[str, Callable[[int, float], Tensor]] = {
+    "normal": _normal,
+    "simple": _simple,
+    "sgm_uniform": _sgm_uniform,
+    "beta": _beta,
+    "linear_quadratic": _linear_quadratic,
+}
+
+
+def sigmas(steps: int, shift: float, schedule: str = "normal", denoise: float = 1.0) -> Tensor:
+    """The noise levels of a run, falling, with 0 at the end: (steps + 1,), fp32.
+
+    With `denoise` below 1 the last `steps` steps of a schedule of steps / denoise are taken, as
+    ComfyUI does it. `beta` may give fewer steps where two fall on the same level. Raises
+    SettingError for an unknown schedule, no steps, a shift or denoise out of range.
+    """
+    if schedule not in SCHEDULES:
+        raise SettingError(f"Unknown schedule '{schedule}'. Choose one of {', '.join(SCHEDULES)}.")
+    if steps < 1:
+        raise SettingError(f"steps is {steps}; at least 1 step is needed to make a picture.")
+    if shift <= 0:
+        raise SettingError(f"shift is {shift}; it must be above 0 (SD3.5 was made for 3.0).")
+    if not 0 < denoise <= 1:
+        raise SettingError(f"denoise is {denoise}; it must be above 0 and at most 1.")
+    total = steps if denoise > 0.9999 else int(steps / denoise)
+    levels = SCHEDULES[schedule](total, shift)
+    return torch.cat([levels, levels.new_zeros(1)])[-(steps + 1) :]
+
+
+Denoise = Callable[..., Tensor]
+"""(x, sigma (B,), **extra_args) -> the denoised x."""
+Callback = Callable[[dict[str, Any]], None]
+
+
+def _report(callback: Callback | None, i: int, x: Tensor, sigma: Tensor, denoised: Tensor) -> None:
+    if callback is not None:
+        callback({"i": i, "x": x, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+
+
+@torch.no_grad()
+def euler(
+    model: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+) -> Tensor:
+    """Euler's method on the probability flow (Karras et al. 2022, algorithm 2 without churn)."""
+    ones = x.new_ones(len(x))
+    for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+        denoised = model(x, sigma * ones, **(extra_args or {}))
+        _report(callback, i, x, sigma, denoised)
+        x = x + (x - denoised) / sigma * (following - sigma)
+    return x
+
+
+@torch.no_grad()
+def dpmpp_2m(
+    model: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+) -> Tensor:
+    """DPM-Solver++(2M): second order with one model call a step (Lu et al. 2022, algorithm 2)."""
+    ones = x.new_ones(len(x))
+    previous, last_h = None, None
+    for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+        denoised = model(x, sigma * ones, **(extra_args or {}))
+        _report(callback, i, x, sigma, denoised)
+        h = sigma.log() - following.log()
+        target = denoised
+        if previous is not None and last_h is not None and following > 0:
+            target = denoised + (denoised - previous) * (h / (2 * last_h))
+        x = following / sigma * x - torch.expm1(-h) * target
+        previous, last_h = denoised, h
+    return x
+
+
+SAMPLERS = {"dpmpp_2m": dpmpp_2m, "euler": euler}
