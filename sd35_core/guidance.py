@@ -24,11 +24,13 @@ class SkipLayers:
 
     def active(self, step: int, steps: int) -> bool:
         """Whether it acts on `step`, counted from 0, of `steps`."""
-        return self.scale != 0 and bool(self.layers) and self.start * steps < step < self.end * steps
+        return (
+            self.scale != 0 and bool(self.layers) and self.start * steps < step < self.end * steps
+        )
 
 
 def parse_layers(text: str, depth: int | None = None) -> frozenset[int]:
-    """"7, 8, 9" or "7-9" -> {7, 8, 9}; an empty text is no layer.
+    """ "7, 8, 9" or "7-9" -> {7, 8, 9}; an empty text is no layer.
 
     Raises SettingError for anything else, and for layers outside 0..depth-1 when depth is known.
     """

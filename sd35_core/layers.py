@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -189,7 +190,9 @@ class JointBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Tokens (B, N, hidden) -> patches (B, N, p * p * channels)."""
 
-    def __init__(self, hidden: int, patch: int, channels: int, operations: Operations, **factory: Any):
+    def __init__(
+        self, hidden: int, patch: int, channels: int, operations: Operations, **factory: Any
+    ):
         super().__init__()
         self.norm_final = operations.LayerNorm(
             hidden, elementwise_affine=False, eps=1e-6, **factory

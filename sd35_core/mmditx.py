@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,11 @@ class MMDiTX(nn.Module):
     """
 
     def __init__(
-        self, config: MMDiTXConfig, operations: Operations = nn, dtype: Any = None, device: Any = None
+        self,
+        config: MMDiTXConfig,
+        operations: Operations = nn,
+        dtype: Any = None,
+        device: Any = None,
     ):
         super().__init__()
         factory = {"dtype": dtype, "device": device}

@@ -115,12 +115,13 @@ def run_twins(
                 executor, model, record.positive, x, sigma, options, record.skip
             )
         return out
-    plan: dict[uuid.UUID, tuple[uuid.UUID, frozenset[int]]] = {}
+    plan: dict[uuid.UUID, tuple[tuple[uuid.UUID, int], frozenset[int]]] = {}
     batch = [*conds]
     for number, record in enumerate(records):
+        index = next(i for i, cond in enumerate(conds) if cond is record.positive)
         twins = [{**cond, "uuid": twin_uuid(cond["uuid"], number)} for cond in record.positive]
         for twin, cond in zip(twins, record.positive):
-            plan[twin["uuid"]] = (cond["uuid"], record.skip.layers)
+            plan[twin["uuid"]] = ((cond["uuid"], index), record.skip.layers)
         batch.append(twins)
     planned = {**options, "transformer_options": {**transformer, TWINS: plan}}
     out = executor(model, batch, x, sigma, planned)

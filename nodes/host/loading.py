@@ -23,6 +23,7 @@ WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
 
+
 class ModelFile(NamedTuple):
     """What a safetensors file holds."""
 

@@ -20,7 +20,10 @@ from ...sd35_core.mmditx import MMDiTX, Twin
 Options = dict[str, Any]
 
 TWINS = "sd35_twins"
-"""In transformer_options: {uuid of a cond with skipped layers: (uuid of its source, layers)}."""
+"""In transformer_options: {uuid of a cond with skipped layers: (its source, layers)}.
+
+A source is a cond's uuid and the place of its list among the lists that run together: the host
+gives copies of a cond in other lists the same uuid."""
 SKIPPED = "sd35_skipped_layers"
 """In transformer_options: layers that every row skips."""
 
@@ -157,16 +160,17 @@ def twins_of(rows: int, options: Options) -> list[Twin]:
     plan = options.get(TWINS)
     if not plan:
         return []
-    uuids = options["uuids"]
-    size = rows // len(uuids)
+    chunks = list(zip(options["uuids"], options["cond_or_uncond"]))
+    size = rows // len(chunks)
     twins = []
-    for place, uuid in enumerate(uuids):
+    for place, (uuid, _) in enumerate(chunks):
         source, layers = plan.get(uuid, (None, None))
-        if layers:
-            origin = uuids.index(source) if source in uuids else None
-            for row in range(size):
-                start = None if origin is None else origin * size + row
-                twins.append(Twin(place * size + row, layers, start))
+        if layers is None:
+            continue
+        origin = chunks.index(source) if chunks.count(source) == 1 else None
+        for row in range(size):
+            start = None if origin is None else origin * size + row
+            twins.append(Twin(place * size + row, layers, start))
     return twins
 
 

@@ -57,9 +57,7 @@ def load_clip(model_path: str, paths: dict[str, str | None], disable_dynamic: bo
     return clip_from(read(Path(model_path)), paths, disable_dynamic).patcher
 
 
-def clip_from(
-    file: ModelFile, paths: dict[str, str | None], disable_dynamic: bool = False
-) -> Any:
+def clip_from(file: ModelFile, paths: dict[str, str | None], disable_dynamic: bool = False) -> Any:
     """The CLIP of the encoders in `paths`: a file each, or None for the one in the model's file.
 
     Raises SettingError when there is no encoder at all.

@@ -1,0 +1,132 @@
+"""CLIP text encoders of any size (Radford et al. 2021), as SD3.5 uses them: two side by side.
+
+The hidden states are those before the last layer; the summary ("pooled") is taken at the first
+end token, after the final norm, and for CLIP-G projected. Keys are Hugging Face's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+START, END = 49406, 49407
+VOCABULARY = 49408
+LENGTH = 77
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Field names are those of Hugging Face's config.json."""
+
+    hidden_size: int
+    num_attention_heads: int
+    num_hidden_layers: int
+    intermediate_size: int
+    hidden_act: str
+    projected: bool
+    pad: int
+
+    def described(self) -> dict[str, int | str]:
+        """What a host's CLIP class needs to build the same encoder."""
+        return {k: v for k, v in asdict(self).items() if k not in ("projected", "pad")}
+
+
+def clip_l(width: int, heads: int, layers: int) -> ClipConfig:
+    return ClipConfig(width, heads, layers, 4 * width, "quick_gelu", projected=False, pad=END)
+
+
+def clip_g(width: int, heads: int, layers: int) -> ClipConfig:
+    return ClipConfig(width, heads, layers, 4 * width, "gelu", projected=True, pad=0)
+
+
+def padded(ids: list[int], config: ClipConfig) -> list[int]:
+    """Start, the prompt's token ids, end, then padding: 77 in all; a longer prompt is cut."""
+    ids = [START, *ids[: LENGTH - 2], END]
+    return ids + [config.pad] * (LENGTH - len(ids))
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class _Mlp(nn.Module):
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.quick = config.hidden_act == "quick_gelu"
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x))
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size)
+        self.self_attn = _Attention(config.hidden_size, config.num_attention_heads)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size)
+        self.mlp = _Mlp(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class ClipTextModel(nn.Module):
+    """Token ids (B, 77) -> hidden states (B, 77, width) and pooled (B, width)."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.config = config
+        self.text_model = nn.ModuleDict(
+            {
+                "embeddings": nn.ModuleDict(
+                    {
+                        "token_embedding": nn.Embedding(VOCABULARY, width),
+                        "position_embedding": nn.Embedding(LENGTH, width),
+                    }
+                ),
+                "encoder": nn.ModuleDict(
+                    {
+                        "layers": nn.ModuleList(
+                            _Layer(config) for _ in range(config.num_hidden_layers)
+                        )
+                    }
+                ),
+                "final_layer_norm": nn.LayerNorm(width),
+            }
+        )
+        self.text_projection = nn.Linear(width, width, bias=False)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        embeddings = self.text_model["embeddings"]
+        x = embeddings["token_embedding"](tokens) + embeddings["position_embedding"].weight
+        hidden = x
+        for layer in self.text_model["encoder"]["layers"]:
+            hidden, x = x, layer(x)
+        x = self.text_model["final_layer_norm"](x)
+        pooled = x[torch.arange(len(x)), (tokens == END).int().argmax(dim=1)]
+        return hidden, self.text_projection(pooled) if self.config.projected else pooled
+
+
+def joined(encoded: list[tuple[Tensor, Tensor]], context_width: int) -> tuple[Tensor, Tensor]:
+    """CLIP-L and CLIP-G side by side: context (B, 77, context_width), zero-padded; pooled."""
+    context = torch.cat([hidden for hidden, _ in encoded], dim=-1)
+    pooled = torch.cat([pooled for _, pooled in encoded], dim=-1)
+    return F.pad(context, (0, context_width - context.shape[-1])), pooled

