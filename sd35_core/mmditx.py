@@ -75,6 +75,7 @@ class MMDiTX(nn.Module):
         self.t_embedder = Embedder(TIMESTEP_WIDTH, hidden, operations, **factory)
         self.y_embedder = Embedder(config.pooled_dim, hidden, operations, **factory)
         self.context_embedder = operations.Linear(config.context_dim, hidden, **factory)
+        self.pos_embed: Tensor
         self.register_buffer(
             "pos_embed", torch.empty(1, config.pos_embed_max_size**2, hidden, **factory)
         )

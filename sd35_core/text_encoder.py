@@ -58,7 +58,9 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+        future = torch.full(scores.shape[-2:], -torch.inf, device=x.device).triu_(1)
+        attended = torch.softmax(scores + future, dim=-1).to(v.dtype) @ v
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -87,41 +89,49 @@ class _Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
+class _Embeddings(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.token_embedding = nn.Embedding(VOCABULARY, width)
+        self.position_embedding = nn.Embedding(LENGTH, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.token_embedding(tokens) + self.position_embedding.weight
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+
+
+class _TextModel(nn.Module):
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.embeddings = _Embeddings(config.hidden_size)
+        self.encoder = _Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """States before the last layer, and after it and the final norm; (B, 77, width) each."""
+        hidden = x = self.embeddings(tokens)
+        for layer in self.encoder.layers:
+            hidden, x = x, layer(x)
+        return hidden, self.final_layer_norm(x)
+
+
 class ClipTextModel(nn.Module):
     """Token ids (B, 77) -> hidden states (B, 77, width) and pooled (B, width)."""
 
     def __init__(self, config: ClipConfig):
         super().__init__()
-        width = config.hidden_size
         self.config = config
-        self.text_model = nn.ModuleDict(
-            {
-                "embeddings": nn.ModuleDict(
-                    {
-                        "token_embedding": nn.Embedding(VOCABULARY, width),
-                        "position_embedding": nn.Embedding(LENGTH, width),
-                    }
-                ),
-                "encoder": nn.ModuleDict(
-                    {
-                        "layers": nn.ModuleList(
-                            _Layer(config) for _ in range(config.num_hidden_layers)
-                        )
-                    }
-                ),
-                "final_layer_norm": nn.LayerNorm(width),
-            }
-        )
-        self.text_projection = nn.Linear(width, width, bias=False)
+        self.text_model = _TextModel(config)
+        self.text_projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        embeddings = self.text_model["embeddings"]
-        x = embeddings["token_embedding"](tokens) + embeddings["position_embedding"].weight
-        hidden = x
-        for layer in self.text_model["encoder"]["layers"]:
-            hidden, x = x, layer(x)
-        x = self.text_model["final_layer_norm"](x)
-        pooled = x[torch.arange(len(x)), (tokens == END).int().argmax(dim=1)]
+        hidden, last = self.text_model(tokens)
+        pooled = last[torch.arange(len(last)), (tokens == END).int().argmax(dim=1)]
         return hidden, self.text_projection(pooled) if self.config.projected else pooled
 
 

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .checkpoint import write_file
+from .checkpoint import read_file, write_file
 from .config import MMDiTXConfig
 from .errors import SettingError
 from .latent import to_model
+from .layers import attention
 from .mmditx import MMDiTX
 from .text_encoder import ClipTextModel, clip_g, clip_l, joined
 
@@ -54,6 +56,7 @@ class TrainingConfig:
     clip_norm: float = 1.0
     weight_decay: float = 0.01
     bf16: bool = True
+    compile: bool = False
     device: str = "cpu"
     seed: int = 0
     save_every: int = 500
@@ -110,34 +113,51 @@ def position_table(width: int, size: int) -> Tensor:
     return torch.cat([columns, rows], dim=-1)[None].float()
 
 
+class _RMSNorm(nn.RMSNorm):
+    """In the dtype of its input, as autocast leaves it out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class _Operations:
+    Linear, Conv2d, LayerNorm, RMSNorm = nn.Linear, nn.Conv2d, nn.LayerNorm, _RMSNorm
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, context_tokens: int) -> Tensor:
+    """Softmax attention without a fused kernel: on a CPU its backward pass is the faster one."""
+    weights = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2), dim=-1)
+    return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+
 class Trained(nn.Module):
     """All that learns: the network and both text encoders."""
 
     def __init__(self, config: TrainingConfig):
         super().__init__()
-        self.diffusion_model = MMDiTX(config.network)
+        self.diffusion_model = MMDiTX(config.network, _Operations)
         self.clip_l = ClipTextModel(clip_l(*config.clip_l))
         self.clip_g = ClipTextModel(clip_g(*config.clip_g))
 
     def initialise(self) -> None:
         """As in the paper: every adaLN and the final layer start at zero, so blocks are idle."""
-        for module in self.diffusion_model.modules():
+        network = self.diffusion_model
+        for module in network.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
-                nn.init.zeros_(module.bias)
-        network = self.diffusion_model
-        network.pos_embed.copy_(
-            position_table(network.config.hidden, network.config.pos_embed_max_size)
-        )
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        size = network.config.pos_embed_max_size
+        network.pos_embed.copy_(position_table(network.config.hidden, size))
         for name, parameter in network.named_parameters():
             if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)
         used = self.clip_l.config.hidden_size + self.clip_g.config.hidden_size
         nn.init.normal_(network.context_embedder.weight, std=used**-0.5)
         for encoder in (self.clip_l, self.clip_g):
-            embeddings = encoder.text_model["embeddings"]
-            nn.init.normal_(embeddings["token_embedding"].weight, std=0.5)
-            nn.init.normal_(embeddings["position_embedding"].weight, std=0.1)
+            embeddings = encoder.text_model.embeddings
+            nn.init.normal_(embeddings.token_embedding.weight, std=0.5)
+            nn.init.normal_(embeddings.position_embedding.weight, std=0.1)
 
     def encode(
         self, tokens_l: Tensor, tokens_g: Tensor, kept: Tensor | None = None
@@ -162,7 +182,9 @@ def flow_loss(
 ) -> Tensor:
     """Mean squared error of the velocity noise - x0; x0: (B, 16, H, W), sigma: (B,)."""
     share = sigma[:, None, None, None]
-    velocity = model((1 - share) * x0 + share * noise, 1000 * sigma, context, y)
+    attend = plain_attention if x0.device.type == "cpu" else attention
+    x = (1 - share) * x0 + share * noise
+    velocity = model(x, 1000 * sigma, context, y, attend=attend)
     return (velocity.float() - (noise - x0)).square().mean()
 
 
@@ -176,6 +198,8 @@ class Run:
         self.model = Trained(config)
         self.model.initialise()
         self.model.to(config.device)
+        if config.compile:
+            self.model.diffusion_model.compile()
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.rate,
@@ -234,10 +258,8 @@ class Run:
         self.step += 1
         decay = min(config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            parameters = dict(self.model.named_parameters())
-            torch._foreach_lerp_(
-                list(self.average.values()), [parameters[k] for k in self.average], 1 - decay
-            )
+            for name, parameter in self.model.named_parameters():
+                self.average[name].lerp_(parameter, 1 - decay)
         return total
 
     def save(self) -> None:
@@ -255,8 +277,6 @@ class Run:
         """Take up the last checkpoint, if there is one."""
         if not self.state_file.exists():
             return
-        from .checkpoint import read_file
-
         tensors, metadata = read_file(self.state_file)
 
         def under(prefix: str) -> dict[str, Tensor]:

@@ -129,7 +129,7 @@ def get(version: str = DEFAULT_VERSION) -> Host:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keep other processes out of a folder while it is being filled."""
-    with open(path, "a+b") as file:
+    with path.open("a+b") as file:
         if sys.platform == "win32":
             import msvcrt
 
@@ -254,7 +254,7 @@ class Server:
         return [*command, *self.arguments]
 
     def __enter__(self) -> Server:
-        with open(self.log, "wb") as log:
+        with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self._command(),
                 cwd=self.host.folder,

@@ -60,7 +60,7 @@ def state_dict(record: Record) -> Tensors:
 
 def read(path: Path) -> tuple[Record, Tensors]:
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["case"]), {k: file.get_tensor(k) for k in file.keys()}
+        return json.loads(file.metadata()["case"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
 
 
 def model_of(record: Record) -> MMDiTX:

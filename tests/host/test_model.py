@@ -63,12 +63,11 @@ def lora(kind: str, rank: int = 4) -> dict[str, Tensor]:
         }
     if kind == "onetrainer":
         prefix = "lora_transformer_transformer_blocks_1_"
-        found = {
+        return {
             f"{prefix}{name.replace('.', '_')}.lora_{side}.weight": weight
             for name, (up, down) in diffusers.items()
             for side, weight in (("up", up), ("down", down))
         }
-        return found
     qkv_up = torch.cat([q[0], empty[0], empty[0]])
     names = {"x_block_attn_qkv": (qkv_up, q[1]), "x_block_attn_proj": out, "x_block_mlp_fc1": mlp}
     return {

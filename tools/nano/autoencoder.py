@@ -139,6 +139,7 @@ def main() -> None:
     model.to(memory_format=torch.channels_last)  # pyright: ignore
     average = TinyAutoencoder().to(memory_format=torch.channels_last)  # pyright: ignore
     average.load_state_dict(model.state_dict())
+    average.requires_grad_(False)
     images, held_out = pool(options.pool, seed=0), held_out_pictures(64)
     print(f"{len(images)} pictures", flush=True)
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,74 @@
+"""The real canvas in a headless Chromium, through Playwright."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from playwright.sync_api import Page, sync_playwright
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+def chromium() -> str | None:
+    """SD35_CHROMIUM, else the first Chromium on PATH."""
+    named = os.environ.get("SD35_CHROMIUM")
+    return named or next(filter(None, map(shutil.which, CHROMIUM)), None)
+
+
+@contextmanager
+def canvas(url: str, nodes_2: bool = False) -> Iterator[Page]:
+    """The page of a running ComfyUI, ready, with its console in `page.messages`."""
+    path = chromium()
+    if path is None:
+        raise FileNotFoundError("no Chromium: set SD35_CHROMIUM to one")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1600, "height": 900})
+        messages: list[str] = []
+        page.on("console", lambda m: messages.append(f"{m.type}: {m.text}"))
+        page.on("pageerror", lambda error: messages.append(f"pageerror: {error}"))
+        page.messages = messages  # pyright: ignore[reportAttributeAccessIssue]
+        page.goto(url)
+        page.wait_for_function(
+            "window.app && window.app.graph && window.app.canvas", timeout=90_000
+        )
+        page.evaluate(
+            """async (settings) => {
+                for (const [key, value] of Object.entries(settings)) {
+                    await window.app.ui.settings.setSettingValueAsync(key, value);
+                }
+            }""",
+            {"Comfy.VueNodes.Enabled": nodes_2, "Comfy.TutorialCompleted": True},
+        )
+        page.wait_for_timeout(500)
+        yield page
+        browser.close()
+
+
+def load(page: Page, workflow: dict[str, Any]) -> None:
+    """Open a canvas workflow and fit it into the window."""
+    page.evaluate("async (data) => { await window.app.loadGraphData(data); }", workflow)
+    page.keyboard.press("Escape")
+    page.wait_for_timeout(500)
+    page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.wait_for_timeout(1000)
+
+
+def exported(page: Page) -> dict[str, Any]:
+    """What the canvas would queue: the open workflow in the API's format."""
+    text = page.evaluate("async () => JSON.stringify((await window.app.graphToPrompt()).output)")
+    return json.loads(text)
