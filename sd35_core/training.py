@@ -287,6 +287,8 @@ class Run:
         self.average = {k: v.to(self.config.device) for k, v in under("average.").items()}
         first, second = under("exp_avg."), under("exp_avg_sq.")
         for name, parameter in self.model.named_parameters():
+            if name not in first:
+                continue
             self.optimiser.state[parameter] = {
                 "step": torch.tensor(float(self.step)),
                 "exp_avg": first[name].to(self.config.device),

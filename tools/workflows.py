@@ -97,18 +97,17 @@ def main() -> int:
         return subprocess.call([str(found.python), __file__])
     from tools import browser
 
-    with host.Server(found) as server, browser.canvas(server.url) as page:
-        for path in sorted((FOLDER / "api").glob("*.json")):
-            prompt = json.loads(path.read_text(encoding="utf-8"))
-            made = build(page, prompt, path.stem)
-            target = FOLDER / path.name
-            target.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-            thumbnail(server.url, prompt, target.with_suffix(".jpg"))
-            browser.load(page, made)
-            page.screenshot(
-                path=str(Path(sys.argv[1]) / f"{path.stem}.png") if sys.argv[1:] else None
-            )
-            print(f"Wrote {target} and its thumbnail")
+    paths = sorted((FOLDER / "api").glob("*.json"))
+    prompts = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    with host.Server(found) as server:
+        for name, prompt in prompts.items():
+            thumbnail(server.url, prompt, FOLDER / f"{name}.jpg")
+        with browser.canvas(server.url) as page:
+            for name, prompt in prompts.items():
+                made = build(page, prompt, name)
+                text = json.dumps(made, indent=1, ensure_ascii=False)
+                (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+                print(f"Wrote workflows/{name}.json and its thumbnail")
     return 0
 
 

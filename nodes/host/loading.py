@@ -66,11 +66,7 @@ def model_from(file: ModelFile, weight_dtype: str, disable_dynamic: bool = False
     device, offload_device = management.get_torch_device(), management.unet_offload_device()
     supported = list(config.supported_inference_dtypes)
     quantized = config.quant_config is not None
-    dtype = options.get("dtype") or management.unet_dtype(
-        model_params=comfy.utils.calculate_parameters(found),
-        supported_dtypes=supported,
-        weight_dtype=None if quantized else comfy.utils.weight_dtype(found),
-    )
+    dtype = options.get("dtype") or _weight_dtype(found, supported, quantized)
     compute = management.unet_manual_cast(None if quantized else dtype, device, supported)
     config.set_inference_dtype(dtype, compute)
     config.optimizations["fp8"] = options.get("fp8_optimizations", False)
@@ -85,6 +81,23 @@ def model_from(file: ModelFile, weight_dtype: str, disable_dynamic: bool = False
     model.load_model_weights(found, "", assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, (str(file.path), weight_dtype))
     return patcher
+
+
+def _weight_dtype(tensors: StateDict, supported: list[torch.dtype], quantized: bool) -> Any:
+    """The host's choice; but 16-bit weights that it would widen to fp32 stay as they are when the
+    wide ones would fill a third of the free memory. They are then cast where they are used.
+    """
+    management = comfy.model_management
+    count = comfy.utils.calculate_parameters(tensors)
+    stored = comfy.utils.weight_dtype(tensors)
+    dtype = management.unet_dtype(
+        model_params=count,
+        supported_dtypes=supported,
+        weight_dtype=None if quantized else stored,
+    )
+    free = management.get_free_memory(management.unet_offload_device())
+    widened = dtype == torch.float32 and stored in (torch.float16, torch.bfloat16)
+    return stored if widened and 4 * count > free / 3 else dtype
 
 
 def vae_from(file: ModelFile) -> Any:
@@ -109,8 +122,7 @@ def no_vae() -> Any:
 def summary(model: Any, encoders: list[str]) -> str:
     """One line on what was loaded: variant, size, dtype, text encoders."""
     config = model.model.diffusion_model.config
-    weights = model.model.diffusion_model.state_dict()
-    count = sum(tensor.numel() for tensor in weights.values() if tensor is not None)
+    count = sum(weight.numel() for weight in model.model.diffusion_model.parameters())
     return (
         f"{config.variant}: {count / 1e9:.2f} B parameters, {model.model_dtype()}, text encoders "
         f"{', '.join(encoders) or 'none'}"

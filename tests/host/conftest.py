@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from sd35_core.config import MMDiTXConfig
 from tools import host as hosts
+from tools.inprocess import import_pack
 
 from ..conftest import PACK
 from ..unit.models import random_weights
@@ -42,40 +40,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {f"model.diffusion_model.{k}": t for k, t in random_weights(SMALL).items()},
         base / "models" / "diffusion_models" / "small.safetensors",
     )
-    hosts.link_pack(base / "custom_nodes")
     return base
 
 
 @pytest.fixture(scope="session")
 def comfy(comfyui: hosts.Host, base: Path) -> SimpleNamespace:
     """The host's modules in this process, on the CPU, and the pack as the host imports it."""
-    sys.path.insert(0, str(comfyui.folder))
-    before = sys.argv
-    sys.argv = ["main.py", "--cpu", "--base-directory", str(base)]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    try:
-        import comfy.cli_args  # noqa: F401
-    finally:
-        sys.argv = before
+    import_pack(comfyui, base)
     import comfy.samplers
     import comfy.sd
     import comfy.utils
-
-    root = base / "custom_nodes" / hosts.PACK_NAME
-    spec = importlib.util.spec_from_file_location(
-        "sd35_pack", root / "__init__.py", submodule_search_locations=[str(root)]
-    )
-    assert spec is not None and spec.loader is not None
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["sd35_pack"] = package
-    spec.loader.exec_module(package)
-    asyncio.run(package.comfy_entrypoint())
-    from sd35_pack.nodes import guidance, host, loader, sampler  # noqa: F401
-    from sd35_pack.nodes.host import files, loading, network, text
-    from sd35_pack.nodes.host import guidance as skipping
-
     import nodes as stock
 
     return SimpleNamespace(

@@ -1,0 +1,285 @@
+"""Training: the loss by hand, the timesteps' distribution, a run that learns, stops and resumes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sd35_core import checkpoint, training
+from sd35_core.autoencoder import TinyAutoencoder
+from sd35_core.errors import SettingError
+from sd35_core.text_encoder import clip_g, clip_l, padded
+from sd35_core.training import (
+    Run,
+    Trained,
+    TrainingConfig,
+    draw_timesteps,
+    flow_loss,
+    position_table,
+    read_config,
+)
+from tools.nano.export import export
+
+IMAGES = 8
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
+    """A run on eight flat 4x4 latents with a caption each."""
+    folder = tmp_path_factory.mktemp("training")
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(IMAGES, 16, 1, 1, generator=generator).expand(-1, -1, 4, 4)
+    captions = [[1000 + i, 2000 + i] for i in range(IMAGES)]
+    tensors = {"latents": flat.contiguous().half()}
+    for name, kind in (("tokens_l", clip_l), ("tokens_g", clip_g)):
+        rows = [padded(caption, kind(1, 1, 1)) for caption in [*captions, []]]
+        ids = torch.tensor(rows, dtype=torch.int32)
+        tensors |= {name: ids[:-1].clone(), f"{name}_empty": ids[-1].clone()}
+    save_file(tensors, folder / "examples.safetensors")
+    return TrainingConfig(
+        examples=str(folder / "examples.safetensors"),
+        output=str(folder / "run"),
+        depth=2,
+        dual_blocks=1,
+        pos_embed_max_size=4,
+        context_dim=64,
+        clip_l=(16, 2, 2),
+        clip_g=(16, 2, 2),
+        steps=200,
+        batch=IMAGES,
+        rate=3e-3,
+        warm_up=20,
+        ema=0.95,
+        bf16=False,
+        save_every=100,
+    )
+
+
+def test_the_loss_on_fixed_noise_is_the_one_computed_by_hand() -> None:
+    """x = 0.75 * 0.5 - 0.25 = 0.125 and the velocity is -1.5; the model answers x itself."""
+    x0, noise = torch.full((2, 16, 2, 2), 0.5), torch.full((2, 16, 2, 2), -1.0)
+    seen = []
+
+    def model(x: torch.Tensor, timestep: torch.Tensor, *_: torch.Tensor, **__: object):
+        seen.append(timestep)
+        return x
+
+    nothing = torch.zeros(2, 1)
+    loss = flow_loss(model, x0, noise, torch.tensor([0.25, 0.25]), nothing, nothing)  # pyright: ignore[reportArgumentType]
+    assert loss.item() == pytest.approx((0.125 + 1.5) ** 2)
+    assert seen[0].tolist() == [250.0, 250.0]
+
+
+def test_timesteps_are_logit_normal() -> None:
+    """The Kolmogorov-Smirnov distance is below its 1 % point."""
+    count = 20_000
+    t = draw_timesteps(count, torch.Generator().manual_seed(1)).double().sort().values
+    expected = 0.5 * (1 + torch.erf(torch.logit(t) / math.sqrt(2)))
+    steps = torch.arange(count + 1, dtype=torch.float64) / count
+    distance = max((steps[1:] - expected).abs().max(), (expected - steps[:-1]).abs().max())
+    assert distance < 1.63 / math.sqrt(count)
+
+
+def test_a_new_model_predicts_no_velocity_and_its_blocks_are_idle(config: TrainingConfig) -> None:
+    model = Trained(config)
+    model.initialise()
+    tokens = torch.full((1, 77), 49407)
+    context, y = model.encode(tokens, tokens)
+    x = torch.randn(1, 16, 4, 4)
+    assert not model.diffusion_model(x, torch.tensor([500.0]), context, y).any()
+    block = model.diffusion_model.joint_blocks[0]
+    tokens_in, text_in = torch.randn(1, 4, 128), torch.randn(1, 77, 128)
+    text, image = block(text_in, tokens_in, torch.randn(1, 128))
+    assert torch.equal(text, text_in) and torch.equal(image, tokens_in)
+
+
+def test_positions_tell_every_row_and_column_apart() -> None:
+    table = position_table(64, 6)[0].reshape(6, 6, 64)
+    assert torch.equal(table[0, :, :32], table[5, :, :32])
+    assert torch.equal(table[:, 0, 32:], table[:, 5, 32:])
+    tokens = table.flatten(0, 1)
+    apart = torch.cdist(tokens, tokens) + 9 * torch.eye(36)
+    assert apart.min() > 0.5
+
+
+def test_a_dropped_encoder_leaves_zeros(config: TrainingConfig) -> None:
+    torch.manual_seed(0)
+    model = Trained(config)
+    model.initialise()
+    tokens = torch.full((2, 77), 49407)
+    kept = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    context, y = model.encode(tokens, tokens, kept)
+    assert context[0, :, :16].any() and not context[1, :, :16].any()
+    assert not y[1, :16].any() and y[:, 16:].any(dim=1).all()
+
+
+def test_a_dropped_caption_is_the_encoding_of_no_words(
+    config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(replace(config, caption_dropout=1.0))
+    seen = []
+    encode = run.model.encode
+
+    def spy(*tokens: torch.Tensor, kept: torch.Tensor | None = None):
+        seen.extend(tokens)
+        return encode(*tokens, kept=kept)
+
+    monkeypatch.setattr(run.model, "encode", spy)
+    run.batch_loss(torch.Generator().manual_seed(0))
+    for tokens, name in zip(seen, ("tokens_l_empty", "tokens_g_empty")):
+        assert (tokens == run.examples[name]).all()
+
+
+def test_the_rate_warms_up_and_falls_as_a_cosine(config: TrainingConfig) -> None:
+    run = Run(config)
+    rates = []
+    for run.step in (0, 9, 19, 100, 200):
+        rates.append(run.rate() / config.rate)
+    assert rates[0] == pytest.approx(0.05, rel=0.01)
+    assert rates[1] == pytest.approx(0.5, rel=0.01)
+    assert rates[3] == pytest.approx(0.525, rel=0.01)
+    assert rates[4] == pytest.approx(0.05, rel=0.01)
+    assert max(rates) == rates[2]
+
+
+def test_the_average_follows_slowly(config: TrainingConfig) -> None:
+    run = Run(config)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.advance()
+    after = dict(run.model.named_parameters())
+    for name, average in run.average.items():
+        expected = before[name] + (after[name].detach() - before[name]) * 9 / 11
+        assert torch.allclose(average, expected, atol=1e-6)
+
+
+def test_accumulated_batches_count_as_one_step(config: TrainingConfig) -> None:
+    run = Run(replace(config, accumulate=3))
+    losses: list[float] = []
+    batch_loss = run.batch_loss
+
+    def counted(generator: torch.Generator) -> torch.Tensor:
+        loss = batch_loss(generator)
+        losses.append(loss.item())
+        return loss
+
+    run.batch_loss = counted  # pyright: ignore[reportAttributeAccessIssue]
+    total = run.advance()
+    assert run.step == 1 and len(set(losses)) == 3
+    assert total == pytest.approx(sum(losses) / 3, rel=1e-5)
+
+
+def tensors_of(run: Run) -> dict[str, torch.Tensor]:
+    """Everything that decides how a run goes on."""
+    tensors = {f"model.{k}": v for k, v in run.model.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in run.average.items()}
+    for name, parameter in run.model.named_parameters():
+        for key, value in run.optimiser.state[parameter].items():
+            tensors[f"{key}.{name}"] = value
+    return tensors
+
+
+def test_a_run_halves_its_loss_and_resumes_bit_for_bit(config: TrainingConfig) -> None:
+    run = Run(config)
+    losses = [run.advance() for _ in range(100)]
+    run.save()
+    resumed = Run(config)
+    resumed.resume()
+    assert resumed.step == 100
+    losses += [run.advance() for _ in range(100)]
+    again = [resumed.advance() for _ in range(100)]
+    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
+    assert again == losses[100:]
+    expected, found = tensors_of(run), tensors_of(resumed)
+    assert expected.keys() == found.keys()
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+
+
+def test_ctrl_c_saves_and_stops(
+    config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(replace(config, output=str(tmp_path)))
+    advance = run.advance
+
+    def interrupted() -> float:
+        if run.step == 3:
+            raise KeyboardInterrupt
+        return advance()
+
+    monkeypatch.setattr(run, "advance", interrupted)
+    run.go_on()
+    resumed = Run(run.config)
+    resumed.resume()
+    assert resumed.step == 3
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(replace(config, output=str(tmp_path)))
+    run.advance()
+    run.save()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    run.advance()
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            run.save()
+    resumed = Run(run.config)
+    resumed.resume()
+    assert resumed.step == 1
+
+
+def test_a_finished_run_exports_as_a_checkpoint_that_loads(
+    config: TrainingConfig, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f"examples = {config.examples!r}\noutput = 'run'\ndepth = 2\ndual_blocks = 1\n"
+        "pos_embed_max_size = 4\ncontext_dim = 64\nclip_l = [16, 2, 2]\nclip_g = [16, 2, 2]\n"
+        "bf16 = false\nsteps = 1\n[metadata]\nlicence = 'MIT'\n",
+        encoding="utf-8",
+    )
+    assert training.main([str(file)]) == 0
+    vae = tmp_path / "vae.safetensors"
+    save_file(TinyAutoencoder().state_dict(), vae)
+    out = tmp_path / "out" / "nano.safetensors"
+    export(file, vae, out)
+    assert checkpoint.load(out).config == read_config(file).network
+    tensors, metadata = checkpoint.read_file(out)
+    assert '"steps_trained": 1' in metadata["sd35_config"]
+    assert all(tensor.dtype == torch.float16 for tensor in tensors.values())
+    for prefix in ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer."):
+        assert prefix + "text_model.embeddings.token_embedding.weight" in tensors
+    assert "first_stage_model.taesd_decoder.1.weight" in tensors
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("examples = 'e'\noutput = 'o'\nlearning_rate = 1\n", "unknown key 'learning_rate'"),
+        ("output = 'o'\n", "lacks the key 'examples'"),
+        ("examples = \n", "can't be read as TOML"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(SettingError, match=words):
+        read_config(file)
+    assert training.main([str(file)]) == 1
+
+
+def test_paths_are_relative_to_the_configuration(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("examples = 'e.safetensors'\noutput = 'out'\n", encoding="utf-8")
+    config = read_config(file)
+    assert Path(config.examples) == (tmp_path / "e.safetensors").resolve()
+    assert Path(config.output) == (tmp_path / "out").resolve()
