@@ -7,13 +7,13 @@ ComfyUI's (a single file that also holds text encoders and VAE) and diffusers'.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import MMDiTXConfig, Shapes, config_from_shapes
@@ -23,10 +23,27 @@ from .mmditx import MMDiTX
 
 StateDict = dict[str, Tensor]
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""safetensors' names of the formats that occur in models."""
+
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 MARK = "joint_blocks.0.x_block.attn.qkv.weight"
 DIFFUSERS_MARK = "transformer_blocks.0.attn.add_q_proj.weight"
 CONTROLNET_MARKS = ("controlnet_blocks.0.weight", "pos_embed_input.proj.weight")
+OTHER_MODELS = ("first_stage_model.", "text_encoders.", "cond_stage_model.")
 VAE_MARKS = ("decoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight")
 QUANTIZATION_SUFFIXES = (".weight_scale", ".input_scale", ".comfy_quant", ".scale_weight")
 
@@ -65,14 +82,60 @@ _JOINED_IN_BLOCK = {
 }
 
 
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for.
+
+    A tensor gets memory of its own, so the file can be replaced or deleted afterwards. Raises
+    CheckpointError, here or on reading, when the file is damaged.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                self.metadata: dict[str, str] = file.metadata() or {}
+            with self.path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise unreadable(self.path, error) from error
+        header.pop("__metadata__", None)
+        self.entries: dict[str, dict[str, Any]] = header
+        self.start = 8 + length
+
+    def __getitem__(self, key: str) -> Tensor:
+        entry = self.entries[key]
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] not in DTYPES:
+            known = f"known are {', '.join(DTYPES)}"
+            raise unreadable(self.path, ValueError(f"dtype {entry['dtype']} of '{key}'; {known}"))
+        data = bytearray(end - begin)
+        rest = memoryview(data)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.start + begin)
+                while rest:
+                    count = file.readinto(rest)
+                    if not count:
+                        raise OSError(f"it ended in the middle of '{key}'")
+                    rest = rest[count:]
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        dtype = DTYPES[entry["dtype"]]
+        values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return values.view(entry["shape"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
 def read_file(path: str | Path) -> tuple[StateDict, dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises CheckpointError for a damaged one."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        return load_file(path), metadata
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise unreadable(path, error) from error
+    """All tensors and the metadata of a safetensors file. Raises CheckpointError."""
+    file = TensorFile(path)
+    return dict(file), file.metadata
 
 
 def unreadable(path: str | Path, error: Exception) -> CheckpointError:
@@ -101,11 +164,9 @@ def diffusion_model(state_dict: Mapping[str, Tensor], source: str = "this file")
     """
     for prefix in PREFIXES:
         if prefix + MARK in state_dict:
-            found = {k[len(prefix) :]: t for k, t in state_dict.items() if k.startswith(prefix)}
-            return _without_foreign(found) if prefix == "" else found
+            return under(state_dict, prefix)
         if prefix + DIFFUSERS_MARK in state_dict and not _is_controlnet(state_dict, prefix):
-            found = {k[len(prefix) :]: t for k, t in state_dict.items() if k.startswith(prefix)}
-            return from_diffusers(found, source)
+            return from_diffusers(under(state_dict, prefix), source)
     raise CheckpointError(f"{source} is not an SD3.5 diffusion model: {_looks_like(state_dict)}")
 
 
@@ -113,10 +174,15 @@ def _is_controlnet(state_dict: Mapping[str, Tensor], prefix: str = "") -> bool:
     return any(prefix + mark in state_dict for mark in CONTROLNET_MARKS)
 
 
-def _without_foreign(state_dict: StateDict) -> StateDict:
-    """Leave out the other models of a single file whose diffusion model has no prefix."""
-    foreign = ("first_stage_model.", "text_encoders.", "cond_stage_model.")
-    return {key: tensor for key, tensor in state_dict.items() if not key.startswith(foreign)}
+def under(state_dict: Mapping[str, Tensor], prefix: str) -> StateDict:
+    """The tensors whose keys begin with `prefix`, without it; without the other models' if empty.
+
+    Of a TensorFile only these are read.
+    """
+    keys = [k for k in state_dict if k.startswith(prefix)]
+    if not prefix:
+        keys = [k for k in keys if not k.startswith(OTHER_MODELS)]
+    return {k[len(prefix) :]: state_dict[k] for k in keys}
 
 
 def _looks_like(state_dict: Mapping[str, Tensor]) -> str:
@@ -221,7 +287,7 @@ def checked_config(state_dict: Mapping[str, Tensor], source: str = "this file") 
 
 
 def _finite(tensor: Tensor) -> bool:
-    """Whether all values are finite, in one pass without a copy; 8-bit formats are taken as such."""
+    """Whether all values are finite, in one pass without a copy; 8-bit formats pass."""
     if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1 or tensor.numel() == 0:
         return True
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))

@@ -1,6 +1,6 @@
 """Load and run a full-size SD3.5 Medium with random weights: python tools/full_size.py
 
-2.2 billion parameters in bf16 (4.5 GB on disk, in a temporary folder), two steps at 256x256 on
+2.2 billion parameters in bf16 (4.9 GB on disk, in a temporary folder), two steps at 256x256 on
 the CPU. Prints how long loading takes as a ratio to reading the file, both with a cold file
 cache, and the peak of the process's memory.
 """
@@ -122,20 +122,18 @@ def measure(path: Path, found: host.Host, base: Path) -> int:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["--make"]:
+        make(Path(sys.argv[2]))
+        return 0
     found = host.find()
     if Path(sys.executable).parent != found.python.parent:
         return subprocess.call([str(found.python), __file__])
     with tempfile.TemporaryDirectory(prefix="sd35-full-size-") as folder:
-        base = Path(folder)
-        path = base / "models" / "diffusion_models" / "medium.safetensors"
+        path = Path(folder) / "models" / "diffusion_models" / "medium.safetensors"
         path.parent.mkdir(parents=True)
-        if sys.argv[1:]:
-            return measure(Path(sys.argv[1]), found, base)
-        print("Writing random weights (4.5 GB) ...", flush=True)
-        code = f"import sys; sys.path.insert(0, {str(host.PACK)!r})\n"
-        code += f"from pathlib import Path\nfrom tools.full_size import make\nmake(Path({str(path)!r}))"
-        host.run([sys.executable, "-c", code], "write the weights")
-        return measure(path, found, base)
+        print("Writing random weights (4.9 GB) ...", flush=True)
+        host.run([sys.executable, __file__, "--make", str(path)], "write the weights")
+        return measure(path, found, Path(folder))
 
 
 if __name__ == "__main__":

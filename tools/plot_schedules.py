@@ -57,7 +57,8 @@ def plot() -> str:
         for s in (0, 0.25, 0.5, 0.75, 1)
     )
     ticks = "".join(
-        text(LEFT + WIDTH * i / STEPS, bottom + 18, str(i), "middle") for i in range(0, STEPS + 1, 7)
+        text(LEFT + WIDTH * i / STEPS, bottom + 18, str(i), "middle")
+        for i in range(0, STEPS + 1, 7)
     )
     legend = "".join(
         f'<rect x="{right + 20}" y="{TOP + 22 * i}" width="12" height="12" fill="{COLOURS[n]}"/>'

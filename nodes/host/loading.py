@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import comfy.memory_management
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import torch
-from safetensors import SafetensorError
+from torch import Tensor
 
-from ...sd35_core.checkpoint import StateDict, checked_config, diffusion_model, unreadable
+from ...sd35_core.checkpoint import (
+    StateDict,
+    TensorFile,
+    checked_config,
+    diffusion_model,
+    under,
+)
 from ...sd35_core.errors import CheckpointError
 from .network import SD35ModelConfig
 
@@ -28,23 +36,20 @@ class ModelFile(NamedTuple):
     """What a safetensors file holds."""
 
     path: Path
-    tensors: StateDict
+    tensors: Mapping[str, Tensor]
     metadata: dict[str, Any]
-
-    def under(self, prefix: str) -> StateDict:
-        """The tensors whose keys begin with `prefix`, without it."""
-        return {k[len(prefix) :]: t for k, t in self.tensors.items() if k.startswith(prefix)}
 
 
 def read(path: Path) -> ModelFile:
-    """A file as the host reads it. Raises CheckpointError for a damaged one."""
-    try:
-        tensors, metadata = comfy.utils.load_torch_file(
-            str(path), safe_load=True, return_metadata=True
-        )
-    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
-        raise unreadable(path, error) from error
-    return ModelFile(path, tensors, dict(metadata or {}))
+    """A file, its tensors read when they are used. Raises CheckpointError for a damaged one.
+
+    With the host's dynamic weights its own reader keeps the file open and reads on demand.
+    """
+    file = TensorFile(path)
+    if not comfy.memory_management.aimdo_enabled:
+        return ModelFile(path, file, file.metadata)
+    tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
+    return ModelFile(path, tensors, file.metadata)
 
 
 def load_model(path: str, weight_dtype: str, disable_dynamic: bool = False) -> Any:
@@ -72,13 +77,15 @@ def model_from(file: ModelFile, weight_dtype: str, disable_dynamic: bool = False
     config.optimizations["fp8"] = options.get("fp8_optimizations", False)
 
     model = config.get_model(found)
-    if not management.is_device_cpu(offload_device):
-        model.to(offload_device)
     patcher_class = comfy.model_patcher.CoreModelPatcher
     if disable_dynamic:
         patcher_class = comfy.model_patcher.ModelPatcher
     patcher = patcher_class(model, load_device=device, offload_device=offload_device)
-    model.load_model_weights(found, "", assign=patcher.is_dynamic())
+    if not patcher.is_dynamic() and not quantized:
+        found = {key: tensor.to(dtype) for key, tensor in found.items()}
+    model.load_model_weights(found, "", assign=not quantized)
+    if not management.is_device_cpu(offload_device):
+        model.to(offload_device)
     patcher.cached_patcher_init = (load_model, (str(file.path), weight_dtype))
     return patcher
 
@@ -102,7 +109,7 @@ def _weight_dtype(tensors: StateDict, supported: list[torch.dtype], quantized: b
 
 def vae_from(file: ModelFile) -> Any:
     """The VAE in a file. Raises CheckpointError when it isn't one for SD3.5."""
-    found = file.under("first_stage_model.") or dict(file.tensors)
+    found = under(file.tensors, "first_stage_model.") or dict(file.tensors)
     vae = comfy.sd.VAE(sd=found, metadata=file.metadata)
     if vae.first_stage_model is None or vae.latent_channels != 16:
         seen = "none" if vae.first_stage_model is None else f"{vae.latent_channels} channels"

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from comfy.text_encoders.sd3_clip import SD3ClipModel, SD3Tokenizer, t5_xxl_detect
 
-from ...sd35_core.checkpoint import StateDict
+from ...sd35_core.checkpoint import StateDict, under
 from ...sd35_core.errors import CheckpointError, SettingError
 from .loading import ModelFile, read
 
@@ -31,14 +31,18 @@ CONTEXT_WIDTH = 4096
 
 def encoders_in(file: ModelFile) -> dict[str, StateDict]:
     """The text encoders of a single-file checkpoint, each under its own keys."""
-    found = {name: file.under(f"text_encoders.{name}.transformer.") for name in MARKS}
-    return {name: tensors for name, tensors in found.items() if MARKS[name][0] in tensors}
+    prefixes = {name: f"text_encoders.{name}.transformer." for name in MARKS}
+    return {
+        name: under(file.tensors, prefix)
+        for name, prefix in prefixes.items()
+        if prefix + MARKS[name][0] in file.tensors
+    }
 
 
 def read_encoder(name: str, path: Path) -> StateDict:
     """One text encoder's file. Raises CheckpointError when it holds another model."""
     file = read(path)
-    tensors, _ = comfy.utils.convert_old_quants(file.tensors, "", metadata=file.metadata)
+    tensors, _ = comfy.utils.convert_old_quants(dict(file.tensors), "", metadata=file.metadata)
     if "transformer.resblocks.0.ln_1.weight" in tensors:
         return tensors
     mark, width = MARKS[name]

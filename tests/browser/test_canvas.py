@@ -36,7 +36,7 @@ def essence(prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_workflow_has_its_twin_and_thumbnail() -> None:
-    assert WORKFLOWS == sorted(p.stem for p in (PACK / "workflows" / "api").glob("*.json"))
+    assert sorted(p.stem for p in (PACK / "workflows" / "api").glob("*.json")) == WORKFLOWS
     for name in WORKFLOWS:
         assert (PACK / "workflows" / f"{name}.jpg").stat().st_size > 1000
 

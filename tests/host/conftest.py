@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,21 +51,23 @@ def comfy(comfyui: hosts.Host, base: Path) -> SimpleNamespace:
     import comfy.samplers
     import comfy.sd
     import comfy.utils
+
     import nodes as stock
+
+    def module(name: str) -> Any:
+        return importlib.import_module(f"sd35_pack.nodes.{name}")
 
     return SimpleNamespace(
         sd=comfy.sd,
         utils=comfy.utils,
         samplers=comfy.samplers,
         stock=stock,
-        files=files,
-        loading=loading,
-        network=network,
-        text=text,
-        skipping=skipping,
-        loader=loader,
-        guidance=guidance,
-        sampler=sampler,
+        files=module("host.files"),
+        loading=module("host.loading"),
+        text=module("host.text"),
+        loader=module("loader"),
+        guidance=module("guidance"),
+        sampler=module("sampler"),
     )
 
 
