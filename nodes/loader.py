@@ -95,7 +95,7 @@ class SD35Loader(io.ComfyNode):
             decoder = loading.vae_from(file)
         else:
             decoder = loading.vae_from(loading.read(files.path_in("vae", vae)))
-        tell(loading.summary(patcher, text.names_in(clip)), cls.hidden.unique_id)
+        tell(loading.summary(file, patcher, text.names_in(clip)), cls.hidden.unique_id)
         return io.NodeOutput(patcher, clip, decoder)
 
 

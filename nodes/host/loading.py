@@ -21,6 +21,7 @@ from ...sd35_core.checkpoint import (
     diffusion_model,
     under,
 )
+from ...sd35_core.config import VARIANTS
 from ...sd35_core.errors import CheckpointError
 from .network import SD35ModelConfig
 
@@ -126,11 +127,13 @@ def no_vae() -> Any:
     return comfy.sd.VAE(sd={})
 
 
-def summary(model: Any, encoders: list[str]) -> str:
-    """One line on what was loaded: variant, size, dtype, text encoders."""
-    config = model.model.diffusion_model.config
-    count = sum(weight.numel() for weight in model.model.diffusion_model.parameters())
-    return (
-        f"{config.variant}: {count / 1e9:.2f} B parameters, {model.model_dtype()}, text encoders "
-        f"{', '.join(encoders) or 'none'}"
-    ).replace("torch.", "")
+def summary(file: ModelFile, model: Any, encoders: list[str]) -> str:
+    """What was loaded, for the person: variant, size, dtype, text encoders."""
+    network = model.model.diffusion_model
+    name = network.config.variant
+    if network.config not in VARIANTS.values():
+        name = file.metadata.get("modelspec.title", name)
+    count = sum(weight.numel() for weight in network.parameters())
+    size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+    dtype = str(model.model_dtype()).removeprefix("torch.")
+    return f"{name}: {size} parameters, {dtype}. Text encoders: {', '.join(encoders) or 'none'}."

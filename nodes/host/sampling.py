@@ -45,7 +45,9 @@ def sample(
 
     Raises SettingError when the result is not finite.
     """
-    start = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    latent = dict(latent)
+    ratios = [latent.pop(f"downscale_ratio_{kind}", None) for kind in ("spacial", "temporal")]
+    start = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios)
     noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
     out = comfy.sample.sample_custom(
         model,

@@ -55,12 +55,7 @@ def test_a_workflow_opens_exports_to_its_twin_and_runs(
         seen = browser.exported(page)
         expected = read(PACK / "workflows" / "api" / f"{name}.json")
         assert essence(seen) == essence(expected)
-        page.evaluate("() => window.app.queuePrompt(0)")
-        page.wait_for_function(
-            "() => Object.values(window.app.nodeOutputs || {}).some(o => o && o.images)",
-            timeout=120_000,
-        )
-        page.wait_for_timeout(1500)
+        browser.run(page)
         page.screenshot(path=str(SHOTS / f"{name}_{'nodes2' if nodes_2 else 'classic'}_done.png"))
         ours = [m for m in page.messages if "sd35" in m.lower() and m.startswith(("error", "page"))]  # pyright: ignore
         assert not ours

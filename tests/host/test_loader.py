@@ -118,7 +118,8 @@ def test_the_shipped_model_is_small_and_described(comfy: SimpleNamespace) -> Non
     config = model.model.diffusion_model.config
     assert config.qk_norm and config.dual_blocks and config.in_channels == 16
     clip = comfy.text.clip_from(file, WHOLE)
-    assert "text encoders clip_l, clip_g" in comfy.loading.summary(model, comfy.text.names_in(clip))
+    words = comfy.loading.summary(file, model, comfy.text.names_in(clip))
+    assert words == "SD3.5 nano: 11.0 M parameters, float32. Text encoders: clip_l, clip_g."
 
 
 def test_the_host_can_make_a_model_without_dynamic_weights(
