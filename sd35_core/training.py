@@ -27,6 +27,7 @@ from .errors import SettingError
 from .latent import to_model
 from .layers import attention
 from .mmditx import MMDiTX
+from .sampling import shifted
 from .text_encoder import ClipTextModel, clip_g, clip_l, joined
 
 log = logging.getLogger("sd35")
@@ -53,6 +54,7 @@ class TrainingConfig:
     ema: float = 0.999
     caption_dropout: float = 0.1
     encoder_dropout: float = 0.08
+    shift: float = 1.0
     clip_norm: float = 1.0
     weight_decay: float = 0.01
     bf16: bool = True
@@ -172,9 +174,9 @@ class Trained(nn.Module):
         return joined(encoded, self.diffusion_model.config.context_dim)
 
 
-def draw_timesteps(count: int, generator: torch.Generator) -> Tensor:
-    """Logit-normal in 0..1: most at the middle of the way."""
-    return torch.sigmoid(torch.randn(count, generator=generator))
+def draw_timesteps(count: int, generator: torch.Generator, shift: float = 1.0) -> Tensor:
+    """Logit-normal in 0..1, most at the middle of the way; a larger shift moves it to the noise."""
+    return shifted(torch.sigmoid(torch.randn(count, generator=generator)), shift)
 
 
 def flow_loss(
@@ -229,7 +231,7 @@ class Run:
         kept = (torch.rand(2, config.batch, generator=generator) >= config.encoder_dropout).float()
         x0 = to_model(examples["latents"][chosen].float())
         noise = torch.randn(x0.shape, generator=generator)
-        sigma = draw_timesteps(config.batch, generator)
+        sigma = draw_timesteps(config.batch, generator, config.shift)
         tokens = []
         for name in ("tokens_l", "tokens_g"):
             ids = examples[name][chosen].long()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
+from tools import chromium
+
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -23,16 +22,10 @@ FLAGS = [
 ]
 
 
-def chromium() -> str | None:
-    """SD35_CHROMIUM, else the first Chromium on PATH."""
-    named = os.environ.get("SD35_CHROMIUM")
-    return named or next(filter(None, map(shutil.which, CHROMIUM)), None)
-
-
 @contextmanager
 def canvas(url: str, nodes_2: bool = False) -> Iterator[Page]:
     """The page of a running ComfyUI, ready, with its console in `page.messages`."""
-    path = chromium()
+    path = chromium.find()
     if path is None:
         raise FileNotFoundError("no Chromium: set SD35_CHROMIUM to one")
     with sync_playwright() as playwright:

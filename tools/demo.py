@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
+import signal
 import sys
 import time
 import webbrowser
@@ -43,10 +43,14 @@ def read_workflow(path: Path) -> dict[str, Any]:
     if isinstance(prompt, dict) and "nodes" in prompt:
         raise host.HostError(
             f"{path} is a canvas workflow. Export it for the API (menu File, Export (API)), or "
-            "open it with --serve."
+            "open it on the canvas itself."
         )
-    if not isinstance(prompt, dict) or not all("class_type" in n for n in prompt.values()):
-        raise host.HostError(f"{path} is no API workflow: its nodes have no class_type.")
+    nodes = list(prompt.values()) if isinstance(prompt, dict) else []
+    if not nodes or not all(
+        isinstance(n, dict) and "class_type" in n and isinstance(n.get("inputs"), dict)
+        for n in nodes
+    ):
+        raise host.HostError(f"{path} is no API workflow: not all it holds is a node with inputs.")
     return prompt
 
 
@@ -78,14 +82,16 @@ def bar(node: str, done: int, total: int) -> None:
     print(text, end=end, file=sys.stderr, flush=True)
 
 
-def make_picture(url: str, options: argparse.Namespace) -> None:
-    info = host.call(url, "/object_info")
+def make_picture(url: str, options: argparse.Namespace, prompt: dict[str, Any]) -> None:
+    try:
+        info = host.call(url, "/object_info")
+    except OSError as error:
+        raise host.HostError(f"No ComfyUI answers at {url}: {error}. Is it running?") from error
     if "SD35Loader" not in info:
         raise host.HostError(
             f"The ComfyUI at {url} does not have this pack. Install it there (README, Install) "
             "and start it again."
         )
-    prompt = read_workflow(options.workflow)
     if options.prompt is not None:
         set_prompt(prompt, options.prompt)
     set_seed(prompt, random.getrandbits(48) if options.seed is None else options.seed)
@@ -111,19 +117,21 @@ def serve(url: str) -> None:
 
 def main() -> int:
     options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        prompt = read_workflow(options.workflow)
         if options.host and options.host.startswith(("http://", "https://")):
-            make_picture(options.host.rstrip("/"), options)
+            make_picture(options.host.rstrip("/"), options, prompt)
             return 0
         found = host.find(options.host)
-        if Path(sys.executable).parent != found.python.parent:
-            return subprocess.call([str(found.python), __file__, *sys.argv[1:]])
+        if not host.started_again():
+            return host.start_again(found.python, __file__)
         host.say(f"Starting ComfyUI {found.version} ...")
         with host.Server(found) as server:
-            make_picture(server.url, options)
+            make_picture(server.url, options, prompt)
             if options.serve:
                 serve(server.url)
-    except host.HostError as error:
+    except (host.HostError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

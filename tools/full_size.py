@@ -8,7 +8,6 @@ cache, and the peak of the process's memory.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -127,8 +126,8 @@ def main() -> int:
         make(Path(sys.argv[2]))
         return 0
     found = host.find()
-    if Path(sys.executable).parent != found.python.parent:
-        return subprocess.call([str(found.python), __file__])
+    if not host.started_again():
+        return host.start_again(found.python, __file__)
     with tempfile.TemporaryDirectory(prefix="sd35-full-size-") as folder:
         path = Path(folder) / "models" / "diffusion_models" / "medium.safetensors"
         path.parent.mkdir(parents=True)

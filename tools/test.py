@@ -14,23 +14,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import host
-
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
+from tools import chromium, host
 
 
-def chromium() -> str | None:
-    """A Chromium for the browser tests: SD35_CHROMIUM, one on PATH, or Debian's, installed."""
-    named = os.environ.get("SD35_CHROMIUM")
-    found = named or next(filter(None, map(shutil.which, CHROMIUM)), None)
+def browser_path() -> str | None:
+    """A Chromium for the browser tests: one that is there, or Debian's, installed."""
+    found = chromium.find()
     if found is None and shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
         host.say("Installing chromium for the tests of the canvas")
         for command in (
             ["apt-get", "-qq", "update"],
             ["apt-get", "-qq", "install", "-y", "chromium"],
         ):
-            subprocess.run(command, capture_output=True)
-        found = shutil.which("chromium")
+            quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+            subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env=quiet)
+        found = chromium.find()
     return found
 
 
@@ -40,7 +38,7 @@ def main() -> int:
     except host.HostError as error:
         print(f"test: {error}", file=sys.stderr)
         return 1
-    browser = chromium()
+    browser = browser_path()
     environment = {
         **os.environ,
         "COMFYUI_PATH" if found.own else "SD35_HOST": str(found.folder),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,8 +90,8 @@ def thumbnail(url: str, prompt: dict[str, Any], path: Path) -> None:
 
 def main() -> int:
     found = host.find()
-    if Path(sys.executable).parent != found.python.parent:
-        return subprocess.call([str(found.python), __file__])
+    if not host.started_again():
+        return host.start_again(found.python, __file__)
     from tools import browser
 
     paths = sorted((FOLDER / "api").glob("*.json"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tools import browser
+from tools import browser, chromium
 from tools import host as hosts
 
 from ..conftest import PACK
@@ -19,10 +19,10 @@ WORKFLOWS = sorted(path.stem for path in (PACK / "workflows").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
-def server(comfyui: hosts.Host) -> Iterator[hosts.Server]:
-    if browser.chromium() is None:
+def server(comfyui: hosts.Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Server]:
+    if chromium.find() is None:
         pytest.skip("no Chromium: set SD35_CHROMIUM to one")
-    with hosts.Server(comfyui) as running:
+    with hosts.Server(comfyui, tmp_path_factory.mktemp("canvas"), ["--cpu"]) as running:
         yield running
 
 

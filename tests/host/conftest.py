@@ -142,8 +142,7 @@ def difference(seen: Tensor, expected: Tensor) -> float:
 @pytest.fixture(scope="session")
 def server(comfyui: hosts.Host, base: Path) -> Iterator[hosts.Server]:
     """A running host with the pack and the tests' models."""
-    arguments = ["--base-directory", str(base)] if comfyui.own else []
-    with hosts.Server(comfyui, base=base, arguments=arguments) as running:
+    with hosts.Server(comfyui, base=base, arguments=["--cpu"]) as running:
         yield running
 
 

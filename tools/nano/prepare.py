@@ -17,7 +17,7 @@ from sd35_core.text_encoder import clip_g, clip_l, padded
 from tools import host
 
 from .pictures import emoji_folder, nano_folder
-from .scenes import Scene, draw_scene, render
+from .scenes import FAMILIAR, Scene, draw_scene, render
 
 PIXELS = 128
 BATCH = 64
@@ -75,6 +75,17 @@ def examples(
     return tensors | {f"{name}_empty": ids[0] for name, ids in empty.items()}
 
 
+def familiar(tensors: dict[str, Tensor], first_seed: int) -> dict[str, Tensor]:
+    """Those of the examples that show familiar things alone, for the second stage."""
+    count = len(tensors["latents"])
+    scenes = (draw_scene(seed) for seed in range(first_seed, first_seed + count))
+    kept = torch.tensor([all(t.name in FAMILIAR for t in scene.things) for scene in scenes])
+    return {
+        name: tensor if name.endswith("_empty") else tensor[kept].clone()
+        for name, tensor in tensors.items()
+    }
+
+
 def load_autoencoder(path: Path) -> TinyAutoencoder:
     """A trained autoencoder, ready to encode."""
     autoencoder = TinyAutoencoder()
@@ -95,7 +106,9 @@ def main() -> None:
     autoencoder = load_autoencoder(options.vae)
     tensors = examples(autoencoder, tokenizer(), options.scenes, options.first_seed)
     write_file(options.out, tensors, {"scenes": options.scenes, "first_seed": options.first_seed})
-    print(f"wrote {options.out}")
+    second = options.out.with_name("familiar.safetensors")
+    write_file(second, familiar(tensors, options.first_seed), {"first_seed": options.first_seed})
+    print(f"wrote {options.out} and {second.name}")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,14 @@ THINGS: dict[str, str] = {
     "watermelon": "1f349", "whale": "1f433", "wolf": "1f43a", "zebra": "1f993",
 }  # fmt: skip
 
+FAMILIAR = (
+    "apple", "avocado", "banana", "bear", "bee", "burger", "cactus", "carrot",
+    "cat", "cherries", "crab", "dog", "duck", "elephant", "fire", "fish",
+    "frog", "ghost", "heart", "lemon", "mushroom", "owl", "panda", "penguin",
+    "pig", "pumpkin", "rocket", "star", "strawberry", "sunflower", "watermelon", "whale",
+)  # fmt: skip
+"""The things of the second stage of training: those that the shipped model draws."""
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (248, 248, 248), "black": (24, 24, 28), "grey": (140, 142, 148),
     "red": (208, 44, 48), "orange": (244, 140, 40), "yellow": (250, 214, 60),
