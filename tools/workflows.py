@@ -23,7 +23,7 @@ GAP = 50
 NOTES = {
     "text_to_image": "### SD3.5 text to image\n"
     "The model here, **sd35_nano**, is the small one that comes with the pack: 128 pixels, "
-    "pictures like *a small avocado at the top left on a sky blue background*.\n\n"
+    "pictures like *a big avocado on a pink background*.\n\n"
     "With **SD3.5 Medium or Large** choose your file in the loader, 1024x1024 in *Size*, "
     "steps 40, cfg 4.5 and shift 3.0.",
 }
@@ -59,13 +59,15 @@ ARRANGE = """({columns, note, gap}) => {
 def columns(prompt: dict[str, Any]) -> list[list[str]]:
     """Node ids by their longest way from a node without inputs."""
 
+    def sources(key: str) -> list[str]:
+        return [v[0] for v in prompt[key]["inputs"].values() if isinstance(v, list)]
+
     def rank(key: str) -> int:
-        links = [v[0] for v in prompt[key]["inputs"].values() if isinstance(v, list)]
-        return 1 + max(map(rank, links), default=-1)
+        return 1 + max(map(rank, sources(key)), default=-1)
 
     def column(key: str) -> int:
-        """A node without inputs stands one before its first reader, loaders first of all."""
-        readers = [k for k, n in prompt.items() if [key, 0] in n["inputs"].values()]
+        """A node without inputs stands one before its first reader."""
+        readers = [reader for reader in prompt if key in sources(reader)]
         return rank(key) or min(map(rank, readers), default=1) - 1
 
     places = {key: column(key) for key in prompt}
