@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,24 @@ def unreadable(path: str | Path, error: Exception) -> CheckpointError:
 
 
 def write_file(path: str | Path, tensors: StateDict, metadata: dict[str, Any]) -> None:
-    """Write a safetensors file under its final name only once it is whole."""
+    """Write a safetensors file under its final name only once it is whole.
+
+    Raises CheckpointError when the system refuses; what was there before is then still there.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     text = {key: v if isinstance(v, str) else json.dumps(v) for key, v in metadata.items()}
-    save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata=text)
-    partial.replace(path)
+    try:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata=text)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        raise CheckpointError(
+            f"'{path}' could not be written ({size / 1e6:,.0f} MB): {error}. Make room on the disk "
+            "or choose another folder; an earlier file of that name is unharmed."
+        ) from error
 
 
 def diffusion_model(state_dict: Mapping[str, Tensor], source: str = "this file") -> StateDict:

@@ -105,15 +105,17 @@ class MMDiTX(nn.Module):
         run_block: RunBlock = run_block,
         residuals: Sequence[Tensor | None] = (),
         twins: Sequence[Twin] = (),
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Velocity (B, 16, H, W) of x: (B, 16, H, W) at timestep: (B,) in 0..1000.
 
         context: (B, L, context_dim), y: (B, pooled_dim); `residuals[i]` (B, N, hidden) is added
         to the image after block i; `twins` are rows with skipped layers, which take no residual
-        at a layer they skip. Raises SettingError for a latent larger than the position table.
+        at a layer they skip; `positions` (B, N, hidden) replace the table's centre crop.
+        Raises SettingError for a latent larger than the position table.
         """
         height, width = x.shape[-2:]
-        x = self.embed(x)
+        x = self.embed(x, positions)
         c = self.t_embedder(sinusoid(timestep).to(x.dtype)) + self.y_embedder(y)
         context = self.context_embedder(context)
         rows = _Rows(len(x), twins, self.config.depth)
@@ -127,13 +129,15 @@ class MMDiTX(nn.Module):
         x = self.final_layer(rows.ordered(x), rows.ordered(c))
         return self.unpatchify(x, height, width)
 
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Latent (B, 16, H, W) -> tokens with their positions, (B, N, hidden)."""
         patch = self.config.patch_size
         odd_height, odd_width = -x.shape[-2] % patch, -x.shape[-1] % patch
         if odd_height or odd_width:
             x = F.pad(x, (0, odd_width, 0, odd_height), mode="circular")
         tokens = self.x_embedder(x)
+        if positions is not None:
+            return tokens + positions.to(tokens)
         return tokens + self.positions(x.shape[-2] // patch, x.shape[-1] // patch).to(tokens)
 
     def positions(self, rows: int, columns: int) -> Tensor:

@@ -6,11 +6,15 @@ end token, after the final norm, and for CLIP-G projected. Keys are Hugging Face
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .errors import SettingError
 
 START, END = 49406, 49407
 VOCABULARY = 49408
@@ -40,6 +44,30 @@ def clip_l(width: int, heads: int, layers: int) -> ClipConfig:
 
 def clip_g(width: int, heads: int, layers: int) -> ClipConfig:
     return ClipConfig(width, heads, layers, 4 * width, "gelu", projected=True, pad=0)
+
+
+KINDS: dict[str, Callable[[int, int, int], ClipConfig]] = {"clip_l": clip_l, "clip_g": clip_g}
+"""SD3.5's two, in the order in which their outputs are joined: (width, heads, layers) -> config."""
+
+Tokenize = Callable[[str], list[int]]
+"""Words -> token ids, without start, end and padding."""
+
+
+def tokenizer(folder: Path) -> Tokenize:
+    """CLIP's byte-pair encoding, from a folder with its vocab.json and merges.txt.
+
+    ComfyUI brings one, comfy/sd1_tokenizer. Raises SettingError for a folder without them.
+    """
+    missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    if missing:
+        raise SettingError(
+            f"'{folder}' is no CLIP tokenizer: it lacks {' and '.join(missing)}. ComfyUI has one, "
+            "the folder comfy/sd1_tokenizer."
+        )
+    from transformers import CLIPTokenizer
+
+    clip = CLIPTokenizer.from_pretrained(folder)
+    return lambda caption: clip(caption)["input_ids"][1:-1]
 
 
 def padded(ids: list[int], config: ClipConfig) -> list[int]:
@@ -96,7 +124,7 @@ class _Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(LENGTH, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.token_embedding(tokens) + self.position_embedding.weight
+        return self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
 
 
 class _Encoder(nn.Module):
@@ -121,7 +149,7 @@ class _TextModel(nn.Module):
 
 
 class ClipTextModel(nn.Module):
-    """Token ids (B, 77) -> hidden states (B, 77, width) and pooled (B, width)."""
+    """Token ids (B, L <= 77) -> hidden states (B, L, width) and pooled (B, width)."""
 
     def __init__(self, config: ClipConfig):
         super().__init__()

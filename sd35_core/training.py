@@ -1,34 +1,40 @@
-"""Train a small SD3.5, with its text encoders, from latents and captions.
+"""Train a small SD3.5 from pictures with captions.
 
     python -m sd35_core.training CONFIG.toml
 
 Rectified flow with logit-normal timesteps (Esser et al. 2024, arXiv:2403.03206). A run can be
-stopped at any time and goes on bit for bit where its last checkpoint was written.
+stopped at any time (Ctrl-C) and goes on bit for bit where its last checkpoint was written. In the
+folder `output` are then state.safetensors, the run itself; model.safetensors, a checkpoint for
+SD35Loader; and samples/, pictures on the way.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import signal
 import sys
-import time
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .checkpoint import read_file, write_file
+from .autoencoder import TinyAutoencoder
+from .checkpoint import StateDict, load, read_file, under, write_file
 from .config import MMDiTXConfig
-from .errors import SettingError
+from .dataset import Examples, Size, read_folder
+from .errors import SD35Error, SettingError
 from .latent import to_model
 from .layers import attention
 from .mmditx import MMDiTX
+from .pipeline import Pipeline, Settings, encoder_configs
 from .sampling import shifted
-from .text_encoder import ClipTextModel, clip_g, clip_l, joined
+from .text_encoder import ClipTextModel, clip_g, clip_l, joined, tokenizer
 
 log = logging.getLogger("sd35")
 
@@ -37,14 +43,29 @@ log = logging.getLogger("sd35")
 class TrainingConfig:
     """What a TOML file may say; paths are relative to it."""
 
-    examples: str
     output: str
+    """The folder to write to."""
+    images: str = ""
+    """A folder of pictures, each with its caption in a .txt file of the same name."""
+    examples: tuple[str, ...] = ()
+    """Instead of `images`: safetensors files of latents and token ids, one size each."""
+    sizes: tuple[Size, ...] = ((128, 128),)
+    """The sizes, (width, height) in pixels, to which `images` are brought."""
+    vae: str = ""
+    """A file with a VAE in TAESD's layout, alone or in a checkpoint; `images` need it."""
+    tokenizer: str = ""
+    """A folder with CLIP's vocab.json and merges.txt; `images` and `samples` need it."""
+    text_encoders: str = ""
+    """A checkpoint whose text encoders are used as they are; without it they are trained along."""
+    start: str = ""
+    """A checkpoint whose diffusion model is trained further."""
     depth: int = 4
     dual_blocks: int = 2
     pos_embed_max_size: int = 32
     context_dim: int = 4096
     clip_l: tuple[int, int, int] = (48, 3, 3)
     clip_g: tuple[int, int, int] = (64, 4, 3)
+    """Width, heads and layers of the text encoders that are trained along."""
     steps: int = 6000
     batch: int = 64
     accumulate: int = 1
@@ -54,16 +75,25 @@ class TrainingConfig:
     ema: float = 0.999
     caption_dropout: float = 0.1
     encoder_dropout: float = 0.08
+    """The share of captions, and of each text encoder's outputs, that a step goes without."""
     shift: float = 1.0
+    """Above 1, more of the timesteps are near the noise."""
+    random_crops: float = 0.0
+    """The share of examples that see a random crop of the position table, not its centre: what
+    is learned at one size then holds at others (Stability AI trained SD3.5 Medium so)."""
+    prompt_tokens: int = 77
+    """Cut prompts after so many tokens: faster, for captions that are never longer."""
     clip_norm: float = 1.0
     weight_decay: float = 0.01
     bf16: bool = True
     compile: bool = False
-    device: str = "cpu"
+    device: str = "auto"
     seed: int = 0
     save_every: int = 500
-    log_every: int = 50
+    samples: tuple[str, ...] = ()
+    """Captions to draw with every checkpoint; needs `vae` and `tokenizer`."""
     metadata: dict[str, Any] = field(default_factory=dict)
+    """Written into the finished checkpoint."""
 
     @property
     def network(self) -> MMDiTXConfig:
@@ -78,8 +108,15 @@ class TrainingConfig:
         )
 
 
+WORDS = {
+    str: "a text", bool: "true or false", int: "a whole number", float: "a number",
+    tuple: "a list", dict: "a table",
+}  # fmt: skip
+PATHS = ("output", "images", "vae", "tokenizer", "text_encoders", "start")
+
+
 def read_config(path: Path) -> TrainingConfig:
-    """A TOML file. Raises SettingError for a key that does not exist or a value of another type."""
+    """A TOML file. Raises SettingError for an unknown key, a value of another type, a lack."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -89,19 +126,39 @@ def read_config(path: Path) -> TrainingConfig:
     except (OSError, ValueError) as error:
         raise SettingError(f"'{path}' can't be read as TOML: {error}") from error
     known = {f.name: f for f in fields(TrainingConfig)}
-    unknown = sorted(values.keys() - known.keys())
-    if unknown:
-        raise SettingError(
-            f"'{path.name}' has an unknown key '{unknown[0]}'. Known are: {', '.join(known)}."
-        )
-    for name in ("examples", "output"):
-        if name not in values:
-            raise SettingError(f"'{path.name}' lacks the key '{name}'.")
-        values[name] = str((path.parent / Path(values[name]).expanduser()).resolve())
-    for name in ("clip_l", "clip_g"):
-        if name in values:
-            values[name] = tuple(values[name])
-    return TrainingConfig(**values)
+    for name, value in values.items():
+        if name not in known:
+            raise SettingError(
+                f"'{path.name}' has an unknown key '{name}'. Known are: {', '.join(known)}."
+            )
+        if name == "examples" and isinstance(value, str):
+            value = [value]
+        if isinstance(value, list):
+            value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        kind = {"output": str, "metadata": dict}.get(name, type(known[name].default))
+        allowed = (int, float) if kind is float else kind
+        if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
+            raise SettingError(f"'{path.name}': {name} is {value!r}, but should be {WORDS[kind]}.")
+        values[name] = value
+
+    def absolute(name: str) -> str:
+        return str((path.parent / Path(name).expanduser()).resolve())
+
+    for name in PATHS:
+        if values.get(name):
+            values[name] = absolute(values[name])
+    values["examples"] = tuple(map(absolute, values.get("examples", ())))
+    if "output" not in values:
+        raise SettingError(f"'{path.name}' lacks the key 'output', the folder to write to.")
+    config = TrainingConfig(**values)
+    if bool(config.images) == bool(config.examples):
+        raise SettingError(f"'{path.name}' needs either 'images' or 'examples'.")
+    needs = ["vae", "tokenizer"] if config.images or config.samples else []
+    for name in needs:
+        if not getattr(config, name):
+            why = "images" if config.images else "samples"
+            raise SettingError(f"'{path.name}': '{why}' needs the key '{name}' too.")
+    return config
 
 
 def position_table(width: int, size: int) -> Tensor:
@@ -161,6 +218,13 @@ class Trained(nn.Module):
             nn.init.normal_(embeddings.token_embedding.weight, std=0.5)
             nn.init.normal_(embeddings.position_embedding.weight, std=0.1)
 
+    def take_encoders(self, tensors: dict[str, Tensor]) -> None:
+        """Use the text encoders of a checkpoint as they are, without training them."""
+        for name in ("clip_l", "clip_g"):
+            encoder: ClipTextModel = getattr(self, name)
+            encoder.load_state_dict(under(tensors, f"text_encoders.{name}.transformer."))
+            encoder.requires_grad_(False)
+
     def encode(
         self, tokens_l: Tensor, tokens_g: Tensor, kept: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -179,37 +243,94 @@ def draw_timesteps(count: int, generator: torch.Generator, shift: float = 1.0) -
     return shifted(torch.sigmoid(torch.randn(count, generator=generator)), shift)
 
 
+def crops(
+    table: Tensor, size: Size, count: int, share: float, generator: torch.Generator
+) -> Tensor:
+    """Crops of a position table (S, S, C), rows x columns: (count, rows * columns, C).
+
+    A `share` of them lie anywhere, the others at the centre, where sampling looks.
+    """
+    rows, columns = size
+    moved = torch.rand(count, generator=generator) < share
+    corners = []
+    for side, whole in zip(size, table.shape):
+        anywhere = torch.randint(whole - side + 1, (count,), generator=generator)
+        corners.append(torch.where(moved, anywhere, (whole - side) // 2))
+    top, left = corners
+    down = (top[:, None] + torch.arange(rows))[:, :, None]
+    across = (left[:, None] + torch.arange(columns))[:, None, :]
+    return table[down, across].flatten(1, 2)
+
+
 def flow_loss(
-    model: MMDiTX, x0: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, y: Tensor
+    model: MMDiTX,
+    x0: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    context: Tensor,
+    y: Tensor,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of the velocity noise - x0; x0: (B, 16, H, W), sigma: (B,)."""
     share = sigma[:, None, None, None]
     attend = plain_attention if x0.device.type == "cpu" else attention
     x = (1 - share) * x0 + share * noise
-    velocity = model(x, 1000 * sigma, context, y, attend=attend)
+    velocity = model(x, 1000 * sigma, context, y, attend=attend, positions=positions)
     return (velocity.float() - (noise - x0)).square().mean()
 
 
 class Run:
-    """A training run: its model, optimiser, moving average and step."""
+    """A training run: its data, model, optimiser, moving average and step.
+
+    Raises SettingError or CheckpointError for data or files that can't be used.
+    """
 
     def __init__(self, config: TrainingConfig):
+        if config.text_encoders:
+            config = with_encoders_of(config, Path(config.text_encoders))
         self.config = config
-        self.examples = load_file(config.examples)
+        self.device = torch.device(config.device if config.device != "auto" else best_device())
+        self.vae = load_vae(Path(config.vae)) if config.vae else None
+        self.tokenize = tokenizer(Path(config.tokenizer)) if config.tokenizer else None
+        self.groups = self.read_examples()
         torch.manual_seed(config.seed)
         self.model = Trained(config)
         self.model.initialise()
-        self.model.to(config.device)
+        if config.text_encoders:
+            self.model.take_encoders(read_file(config.text_encoders)[0])
+        if config.start:
+            start = load(config.start, dtype=torch.float32).state_dict()
+            fill(self.model.diffusion_model, start, config.start)
+        self.model.to(self.device)
         if config.compile:
             self.model.diffusion_model.compile()
+        self.learning = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.AdamW(
-            self.model.parameters(),
+            self.learning.values(),
             lr=config.rate,
             betas=(0.9, 0.99),
             weight_decay=config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
         )
-        self.average = {k: v.detach().clone() for k, v in self.model.named_parameters()}
+        self.average = {k: p.detach().clone() for k, p in self.learning.items()}
         self.step = 0
+
+    def read_examples(self) -> list[Examples]:
+        """One group per size."""
+        config = self.config
+        if config.examples:
+            groups = [read_file(path)[0] for path in config.examples]
+        else:
+            assert self.vae is not None and self.tokenize is not None, "read_config sees to it"
+            groups = read_folder(Path(config.images), list(config.sizes), self.vae, self.tokenize)
+        cells = 2 * config.pos_embed_max_size
+        largest = max(max(group["latents"].shape[2:]) for group in groups)
+        if largest > cells:
+            raise SettingError(
+                f"A picture is {8 * largest} pixels wide or high, but pos_embed_max_size "
+                f"{config.pos_embed_max_size} allows {8 * cells}."
+            )
+        return groups
 
     @property
     def state_file(self) -> Path:
@@ -225,23 +346,33 @@ class Run:
         return config.rate * warm * (0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * progress)))
 
     def batch_loss(self, generator: torch.Generator) -> Tensor:
-        config, examples = self.config, self.examples
-        chosen = torch.randint(len(examples["latents"]), (config.batch,), generator=generator)
-        uncaptioned = torch.rand(config.batch, generator=generator) < config.caption_dropout
-        kept = (torch.rand(2, config.batch, generator=generator) >= config.encoder_dropout).float()
+        """The loss of a batch from one group, larger groups more often."""
+        config, batch = self.config, self.config.batch
+        counts = torch.tensor([len(group["latents"]) for group in self.groups], dtype=torch.float)
+        examples = self.groups[int(torch.multinomial(counts, 1, generator=generator))]
+        chosen = torch.randint(len(examples["latents"]), (batch,), generator=generator)
+        uncaptioned = torch.rand(batch, generator=generator) < config.caption_dropout
+        kept = (torch.rand(2, batch, generator=generator) >= config.encoder_dropout).float()
         x0 = to_model(examples["latents"][chosen].float())
         noise = torch.randn(x0.shape, generator=generator)
-        sigma = draw_timesteps(config.batch, generator, config.shift)
+        sigma = draw_timesteps(batch, generator, config.shift)
+        positions = None
+        if config.random_crops:
+            network = self.model.diffusion_model
+            size = config.pos_embed_max_size
+            table = network.pos_embed.view(size, size, -1)
+            patch = network.config.patch_size
+            patches = (x0.shape[2] // patch, x0.shape[3] // patch)
+            positions = crops(table, patches, batch, config.random_crops, generator)
         tokens = []
         for name in ("tokens_l", "tokens_g"):
-            ids = examples[name][chosen].long()
-            ids[uncaptioned] = examples[f"{name}_empty"].long()
-            tokens.append(ids.to(config.device))
-        x0, noise, sigma, kept = (t.to(config.device) for t in (x0, noise, sigma, kept))
-        kind = torch.device(config.device).type
-        with torch.autocast(kind, torch.bfloat16, enabled=config.bf16):
+            ids = examples[name][chosen, : config.prompt_tokens].long()
+            ids[uncaptioned] = examples[f"{name}_empty"][: config.prompt_tokens].long()
+            tokens.append(ids.to(self.device))
+        x0, noise, sigma, kept = (t.to(self.device) for t in (x0, noise, sigma, kept))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
             context, y = self.model.encode(*tokens, kept=kept)
-            return flow_loss(self.model.diffusion_model, x0, noise, sigma, context, y)
+            return flow_loss(self.model.diffusion_model, x0, noise, sigma, context, y, positions)
 
     def advance(self) -> float:
         """One optimiser step; everything random in it depends on the seed and the step alone."""
@@ -252,7 +383,7 @@ class Run:
             loss = self.batch_loss(generator) / config.accumulate
             loss.backward()
             total += loss.item()
-        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        nn.utils.clip_grad_norm_(self.learning.values(), config.clip_norm)
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate()
         self.optimiser.step()
@@ -260,15 +391,18 @@ class Run:
         self.step += 1
         decay = min(config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in self.learning.items():
                 self.average[name].lerp_(parameter, 1 - decay)
         return total
 
     def save(self) -> None:
-        """Write everything that a resumed run needs, under the final name once it is whole."""
+        """Write everything that a resumed run needs, under the final name once it is whole.
+
+        Raises CheckpointError when it can't be written; the last checkpoint is then intact.
+        """
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.learning.items():
             for key in ("exp_avg", "exp_avg_sq"):
                 if parameter in self.optimiser.state:
                     tensors[f"{key}.{name}"] = self.optimiser.state[parameter][key]
@@ -280,21 +414,17 @@ class Run:
         if not self.state_file.exists():
             return
         tensors, metadata = read_file(self.state_file)
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
         self.step = int(metadata["step"])
-        self.model.load_state_dict(under("model."))
-        self.average = {k: v.to(self.config.device) for k, v in under("average.").items()}
-        first, second = under("exp_avg."), under("exp_avg_sq.")
-        for name, parameter in self.model.named_parameters():
+        fill(self.model, under(tensors, "model."), str(self.state_file))
+        self.average = {k: v.to(self.device) for k, v in under(tensors, "average.").items()}
+        first, second = under(tensors, "exp_avg."), under(tensors, "exp_avg_sq.")
+        for name, parameter in self.learning.items():
             if name not in first:
                 continue
             self.optimiser.state[parameter] = {
                 "step": torch.tensor(float(self.step)),
-                "exp_avg": first[name].to(self.config.device),
-                "exp_avg_sq": second[name].to(self.config.device),
+                "exp_avg": first[name].to(self.device),
+                "exp_avg_sq": second[name].to(self.device),
             }
 
     def averaged(self) -> Trained:
@@ -303,25 +433,124 @@ class Run:
         model.load_state_dict({**self.model.state_dict(), **self.average})
         return model.requires_grad_(False).eval()
 
+    def draw_samples(self) -> None:
+        """Draw the captions of `samples` in a row: samples/STEP.png."""
+        from PIL import Image
+
+        assert self.vae is not None and self.tokenize is not None, "read_config sees to it"
+        model = self.averaged().to(self.device)
+        encoders = {"clip_l": model.clip_l, "clip_g": model.clip_g}
+        captions = list(self.config.samples)
+        pipeline = Pipeline(
+            model.diffusion_model, encoders, self.vae.to(self.device), self.tokenize
+        )
+        height, width = (8 * side for side in self.groups[0]["latents"].shape[2:])
+        drawn = pipeline.draw(captions, list(range(len(captions))), Settings(size=(width, height)))
+        file = Path(self.config.output) / "samples" / f"{self.step:06}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(torch.cat(drawn, dim=1).numpy()).save(file)
+
+    def write_model(self, path: Path) -> None:
+        """The moving average as a single-file SD3.5 checkpoint in fp16, with the VAE if known."""
+        model = self.averaged()
+        parts = {
+            "model.diffusion_model.": model.diffusion_model.state_dict(),
+            "text_encoders.clip_l.transformer.": model.clip_l.state_dict(),
+            "text_encoders.clip_g.transformer.": model.clip_g.state_dict(),
+            "first_stage_model.": self.vae.state_dict() if self.vae else {},
+        }
+        tensors = {
+            prefix + key: tensor.half().cpu()
+            for prefix, part in parts.items()
+            for key, tensor in part.items()
+        }
+        described = {
+            "text_encoders": {
+                "clip_l": model.clip_l.config.described(),
+                "clip_g": model.clip_g.config.described(),
+            },
+            "steps_trained": self.step,
+            **self.config.metadata,
+        }
+        write_file(path, tensors, {"sd35_config": described})
+
     def go_on(self) -> None:
-        """Train to the last step; Ctrl-C saves and stops."""
-        started, first, smooth = time.monotonic(), self.step, 0.0
-        try:
-            while self.step < self.config.steps:
+        """Train to the last step, with a progress bar; Ctrl-C finishes the step, saves, stops."""
+        from tqdm import tqdm
+
+        config, smooth = self.config, 0.0
+        with (
+            _until_interrupted() as interrupted,
+            tqdm(total=config.steps, initial=self.step, unit="step", mininterval=1.0) as bar,
+        ):
+            while self.step < config.steps and not interrupted():
                 loss = self.advance()
                 smooth = loss if smooth == 0 else 0.98 * smooth + 0.02 * loss
-                if self.step % self.config.log_every == 0:
-                    pace = (time.monotonic() - started) / (self.step - first)
-                    left = pace * (self.config.steps - self.step) / 60
-                    log.info(
-                        f"step {self.step}/{self.config.steps}  loss {smooth:.4f}  "
-                        f"{pace:.2f} s a step, {left:.0f} minutes left"
-                    )
-                if self.step % self.config.save_every == 0:
+                bar.update()
+                bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+                if self.step % config.save_every == 0:
                     self.save()
-        except KeyboardInterrupt:
-            log.info(f"stopped at step {self.step}")
+                    if config.samples:
+                        self.draw_samples()
         self.save()
+        model_file = Path(config.output) / "model.safetensors"
+        self.write_model(model_file)
+        log.info(f"stopped at step {self.step} of {config.steps}; wrote {model_file}")
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed; a second one stops at once."""
+    pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def best_device() -> str:
+    """cuda or mps where there is one, else cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def with_encoders_of(config: TrainingConfig, path: Path) -> TrainingConfig:
+    """The configuration with the sizes of a checkpoint's text encoders."""
+    _, metadata = read_file(path)
+    sizes = {
+        name: (c.hidden_size, c.num_attention_heads, c.num_hidden_layers)
+        for name, c in encoder_configs(metadata, path).items()
+    }
+    return replace(config, **sizes)
+
+
+def load_vae(path: Path) -> TinyAutoencoder:
+    """A VAE in TAESD's layout, from a file of its own or out of a checkpoint."""
+    tensors, _ = read_file(path)
+    tensors = under(tensors, "first_stage_model.") or tensors
+    vae = TinyAutoencoder()
+    fill(vae, {key: tensor.float() for key, tensor in tensors.items()}, str(path))
+    return vae.requires_grad_(False).eval()
+
+
+def fill(module: nn.Module, tensors: StateDict, source: str) -> None:
+    """Load weights. Raises SettingError, with the first difference, when they do not fit."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        difference = str(error).splitlines()[1:2] or [str(error)]
+        raise SettingError(
+            f"'{source}' does not fit what is to be trained: {difference[0].strip()}"
+        ) from error
 
 
 def main(arguments: list[str]) -> int:
@@ -333,7 +562,7 @@ def main(arguments: list[str]) -> int:
         run = Run(read_config(Path(arguments[0])))
         run.resume()
         run.go_on()
-    except SettingError as error:
+    except SD35Error as error:
         log.error(str(error))
         return 1
     return 0

@@ -23,3 +23,9 @@ def comfyui() -> hosts.Host:
     if not fetched:
         pytest.skip("no ComfyUI: run python tools/test.py, or set COMFYUI_PATH")
     return hosts.get()
+
+
+@pytest.fixture(scope="session")
+def clip_files(comfyui: hosts.Host) -> Path:
+    """The folder with the files of CLIP's tokenizer."""
+    return comfyui.folder / "comfy" / "sd1_tokenizer"

@@ -10,20 +10,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sd35_core import checkpoint, training
-from sd35_core.autoencoder import TinyAutoencoder
-from sd35_core.errors import SettingError
+from sd35_core import training
+from sd35_core.errors import CheckpointError, SettingError
 from sd35_core.text_encoder import clip_g, clip_l, padded
 from sd35_core.training import (
     Run,
     Trained,
     TrainingConfig,
+    crops,
     draw_timesteps,
     flow_loss,
     position_table,
     read_config,
 )
-from tools.nano.export import export
 
 IMAGES = 8
 
@@ -42,7 +41,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
         tensors |= {name: ids[:-1].clone(), f"{name}_empty": ids[-1].clone()}
     save_file(tensors, folder / "examples.safetensors")
     return TrainingConfig(
-        examples=str(folder / "examples.safetensors"),
+        examples=(str(folder / "examples.safetensors"),),
         output=str(folder / "run"),
         depth=2,
         dual_blocks=1,
@@ -57,6 +56,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
         ema=0.95,
         bf16=False,
         save_every=100,
+        device="cpu",
     )
 
 
@@ -132,7 +132,7 @@ def test_a_dropped_caption_is_the_encoding_of_no_words(
     monkeypatch.setattr(run.model, "encode", spy)
     run.batch_loss(torch.Generator().manual_seed(0))
     for tokens, name in zip(seen, ("tokens_l_empty", "tokens_g_empty")):
-        assert (tokens == run.examples[name]).all()
+        assert (tokens == run.groups[0][name]).all()
 
 
 def test_the_rate_warms_up_and_falls_as_a_cosine(config: TrainingConfig) -> None:
@@ -199,73 +199,16 @@ def test_a_run_halves_its_loss_and_resumes_bit_for_bit(config: TrainingConfig) -
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
 
 
-def test_ctrl_c_saves_and_stops(
-    config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = Run(replace(config, output=str(tmp_path)))
-    advance = run.advance
-
-    def interrupted() -> float:
-        if run.step == 3:
-            raise KeyboardInterrupt
-        return advance()
-
-    monkeypatch.setattr(run, "advance", interrupted)
-    run.go_on()
-    resumed = Run(run.config)
-    resumed.resume()
-    assert resumed.step == 3
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(
-    config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = Run(replace(config, output=str(tmp_path)))
-    run.advance()
-    run.save()
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    run.advance()
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_file", full)
-        with pytest.raises(OSError, match="No space left"):
-            run.save()
-    resumed = Run(run.config)
-    resumed.resume()
-    assert resumed.step == 1
-
-
-def test_a_finished_run_exports_as_a_checkpoint_that_loads(
-    config: TrainingConfig, tmp_path: Path
-) -> None:
-    file = tmp_path / "run.toml"
-    file.write_text(
-        f"examples = {config.examples!r}\noutput = 'run'\ndepth = 2\ndual_blocks = 1\n"
-        "pos_embed_max_size = 4\ncontext_dim = 64\nclip_l = [16, 2, 2]\nclip_g = [16, 2, 2]\n"
-        "bf16 = false\nsteps = 1\n[metadata]\nlicence = 'MIT'\n",
-        encoding="utf-8",
-    )
-    assert training.main([str(file)]) == 0
-    vae = tmp_path / "vae.safetensors"
-    save_file(TinyAutoencoder().state_dict(), vae)
-    out = tmp_path / "out" / "nano.safetensors"
-    export(file, vae, out)
-    assert checkpoint.load(out).config == read_config(file).network
-    tensors, metadata = checkpoint.read_file(out)
-    assert '"steps_trained": 1' in metadata["sd35_config"]
-    assert all(tensor.dtype == torch.float16 for tensor in tensors.values())
-    for prefix in ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer."):
-        assert prefix + "text_model.embeddings.token_embedding.weight" in tensors
-    assert "first_stage_model.taesd_decoder.1.weight" in tensors
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("examples = 'e'\noutput = 'o'\nlearning_rate = 1\n", "unknown key 'learning_rate'"),
-        ("output = 'o'\n", "lacks the key 'examples'"),
+        ("output = 'o'\n", "needs either 'images' or 'examples'"),
+        ("output = 'o'\nimages = 'i'\nexamples = 'e'\n", "needs either 'images' or 'examples'"),
+        ("examples = 'e'\n", "lacks the key 'output'"),
+        ("output = 'o'\nimages = 'i'\n", "'images' needs the key 'vae' too"),
+        ("output = 'o'\nexamples = 'e'\nsteps = 'many'\n", "steps is 'many', but should be a who"),
+        ("output = 'o'\nexamples = 'e'\nsteps = true\n", "steps is True, but should be a whole"),
         ("examples = \n", "can't be read as TOML"),
     ],
 )
@@ -281,5 +224,64 @@ def test_paths_are_relative_to_the_configuration(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("examples = 'e.safetensors'\noutput = 'out'\n", encoding="utf-8")
     config = read_config(file)
-    assert Path(config.examples) == (tmp_path / "e.safetensors").resolve()
+    assert config.examples == (str((tmp_path / "e.safetensors").resolve()),)
     assert Path(config.output) == (tmp_path / "out").resolve()
+
+
+def test_random_crops_move_a_share_of_the_examples() -> None:
+    table = torch.arange(8 * 8.0).view(8, 8, 1)
+    found = crops(table, (2, 4), 400, 0.5, torch.Generator().manual_seed(0))[..., 0].view(-1, 2, 4)
+    centre = table[3:5, 2:6, 0]
+    share = (found == centre).all(dim=(1, 2)).float().mean().item()
+    assert 0.45 < share < 0.6
+    steps = found - found[:, :1, :1]
+    assert torch.equal(steps, steps[:1].expand_as(steps)), "a crop is one piece of the table"
+    assert len(found[:, 0, 0].unique()) == 7 * 5
+    none = crops(table, (2, 4), 3, 0.0, torch.Generator().manual_seed(0))[..., 0].view(-1, 2, 4)
+    assert torch.equal(none, centre.expand_as(none))
+
+
+def test_ready_text_encoders_stay_as_they_are(config: TrainingConfig, tmp_path: Path) -> None:
+    teacher = Run(config)
+    teacher.write_model(tmp_path / "teacher.safetensors")
+    ready = replace(config, text_encoders=str(tmp_path / "teacher.safetensors"), clip_l=(8, 1, 1))
+    run = Run(ready)
+    assert run.config.clip_l == (16, 2, 2), "the file decides"
+    before = {name: p.clone() for name, p in run.model.named_parameters() if "clip_" in name}
+    network = run.model.diffusion_model.context_embedder.weight.detach().clone()
+    for _ in range(3):
+        run.advance()
+    after = dict(run.model.named_parameters())
+    assert before and all(torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(network, run.model.diffusion_model.context_embedder.weight)
+
+
+def test_training_can_start_from_a_checkpoint(config: TrainingConfig, tmp_path: Path) -> None:
+    first = Run(config)
+    for _ in range(3):
+        first.advance()
+    file = tmp_path / "first.safetensors"
+    first.write_model(file)
+    second = Run(replace(config, start=str(file)))
+    expected = first.averaged().diffusion_model.state_dict()
+    for name, tensor in second.model.diffusion_model.state_dict().items():
+        assert torch.equal(tensor, expected[name].half().float()), name
+    with pytest.raises(SettingError, match=r"first.safetensors' does not fit .* to be trained"):
+        Run(replace(config, start=str(file), depth=3))
+
+
+def test_a_state_that_does_not_fit_is_refused(config: TrainingConfig, tmp_path: Path) -> None:
+    run = Run(replace(config, output=str(tmp_path)))
+    run.save()
+    other = Run(replace(config, output=str(tmp_path), depth=3))
+    with pytest.raises(SettingError, match=r"state.safetensors' does not fit"):
+        other.resume()
+
+
+def test_a_broken_state_is_refused(config: TrainingConfig, tmp_path: Path) -> None:
+    run = Run(replace(config, output=str(tmp_path)))
+    run.save()
+    content = run.state_file.read_bytes()
+    run.state_file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"state.safetensors"):
+        run.resume()

@@ -1,0 +1,168 @@
+"""Draw without a host: captions in, pictures out. For small models, training and tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .autoencoder import TinyAutoencoder
+from .checkpoint import StateDict, load, read_file, under
+from .errors import CheckpointError
+from .guidance import SkipLayers, away_from_skipped, guided, step_of
+from .latent import CHANNELS, PIXELS, from_model
+from .mmditx import MMDiTX, Twin
+from .sampling import SAMPLERS, sigmas
+from .text_encoder import KINDS, ClipConfig, ClipTextModel, Tokenize, joined, padded
+
+BATCH = 16
+NO_SKIPPING = SkipLayers(frozenset(), 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to draw; size: (width, height) in pixels. `without` names a text encoder to leave out."""
+
+    steps: int = 28
+    cfg: float = 4.0
+    shift: float = 1.0
+    sampler: str = "dpmpp_2m"
+    schedule: str = "simple"
+    slg: SkipLayers = NO_SKIPPING
+    negative: str = ""
+    without: str = ""
+    size: tuple[int, int] = (128, 128)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A network with its text encoders (clip_l, clip_g) and its VAE, and CLIP's tokenizer."""
+
+    network: MMDiTX
+    encoders: Mapping[str, ClipTextModel]
+    autoencoder: TinyAutoencoder
+    tokenize: Tokenize
+
+    @classmethod
+    def load(cls, path: Path, tokenize: Tokenize) -> Pipeline:
+        """From a single file, in fp32. Raises CheckpointError for a file without all the parts."""
+        tensors, metadata = read_file(path)
+        encoders = {}
+        for name, config in encoder_configs(metadata, path).items():
+            encoder = ClipTextModel(config)
+            encoders[name] = filled(encoder, under(tensors, f"text_encoders.{name}.transformer."))
+        autoencoder = filled(TinyAutoencoder(), under(tensors, "first_stage_model."))
+        return cls(load(path, dtype=torch.float32), encoders, autoencoder, tokenize)
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.pos_embed.device
+
+    def encode(self, captions: list[str], without: str = "") -> tuple[Tensor, Tensor]:
+        """Context (B, 77, 4096) and pooled (B, width) of the captions.
+
+        `without` names a text encoder, clip_l or clip_g, whose output is replaced by zeros.
+        """
+        ids = [self.tokenize(caption) for caption in captions]
+        encoded = []
+        for name, encoder in self.encoders.items():
+            tokens = torch.tensor([padded(row, encoder.config) for row in ids], device=self.device)
+            hidden, pooled = encoder(tokens)
+            encoded.append((0 * hidden, 0 * pooled) if name == without else (hidden, pooled))
+        return joined(encoded, self.network.config.context_dim)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        captions: list[str],
+        seeds: list[int],
+        settings: Settings = Settings(),
+        on_done: Callable[[int], object] = lambda done: None,
+    ) -> list[Tensor]:
+        """One picture (H, W, 3) uint8 per caption, from noise of its seed.
+
+        `on_done` hears how many there are.
+        """
+        pictures: list[Tensor] = []
+        levels = sigmas(settings.steps, settings.shift, settings.schedule)
+        for start in range(0, len(captions), BATCH):
+            part = captions[start : start + BATCH]
+            seeds_of_part = seeds[start : start + BATCH]
+            noise = torch.cat([noise_of(seed, settings.size) for seed in seeds_of_part])
+            context, y = self.encode([*part, *[settings.negative] * len(part)], settings.without)
+            denoise = partial(self.denoised, settings=settings, levels=levels)
+            inputs = {"context": context, "y": y}
+            sample = SAMPLERS[settings.sampler]
+            with torch.autocast(self.device.type, torch.bfloat16):
+                latent = sample(denoise, noise.to(self.device), levels, inputs)
+                pixels = self.autoencoder.decode(from_model(latent)).float().clamp(0, 1)
+            pictures += (255 * pixels).round().byte().permute(0, 2, 3, 1).cpu().contiguous()
+            on_done(len(pictures))
+        return pictures
+
+    def denoised(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        context: Tensor,
+        y: Tensor,
+        settings: Settings,
+        levels: Tensor,
+    ) -> Tensor:
+        """The guided picture; context and y hold the captions' rows, then the negative ones."""
+        count, slg = len(x), settings.slg
+        rows = [torch.arange(count, device=x.device)]
+        if settings.cfg != 1:
+            rows.append(rows[0] + count)
+        active = slg.active(step_of(float(sigma[0]), levels), settings.steps)
+        twins = []
+        if active:
+            first = len(rows) * count
+            twins = [Twin(first + i, slg.layers, source=i) for i in range(count)]
+            rows.append(rows[0])
+        which = torch.cat(rows)
+        x, sigma = (tensor.repeat(len(rows), *[1] * (tensor.ndim - 1)) for tensor in (x, sigma))
+        velocity = self.network(x, 1000 * sigma, context[which], y[which], twins=twins).float()
+        parts = list((x - sigma[:, None, None, None] * velocity).split(count))
+        cond = parts[0]
+        result = guided(parts[1], cond, settings.cfg) if settings.cfg != 1 else cond
+        return away_from_skipped(result, cond, parts[-1], slg.scale) if active else result
+
+
+def noise_of(seed: int, size: tuple[int, int]) -> Tensor:
+    """(1, 16, H / 8, W / 8), as a host makes it: on the CPU from the seed alone."""
+    shape = (1, CHANNELS, size[1] // PIXELS, size[0] // PIXELS)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def encoder_configs(metadata: Mapping[str, str], path: Path) -> dict[str, ClipConfig]:
+    """How the text encoders of a small model are built, from its file's metadata."""
+    described = json.loads(metadata.get("sd35_config", "{}")).get("text_encoders", {})
+    if described.keys() != KINDS.keys():
+        raise CheckpointError(
+            f"'{path.name}' does not say in its metadata 'sd35_config' how its text encoders are "
+            f"built: it describes {', '.join(described) or 'none'}, needed are {', '.join(KINDS)}."
+        )
+    return {
+        name: kind(
+            described[name]["hidden_size"],
+            described[name]["num_attention_heads"],
+            described[name]["num_hidden_layers"],
+        )
+        for name, kind in KINDS.items()
+    }
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def filled(module: Module, weights: StateDict) -> Module:
+    """The module with a file's weights, in fp32, not for training."""
+    module.load_state_dict({key: tensor.float() for key, tensor in weights.items()})
+    return module.requires_grad_(False).eval()

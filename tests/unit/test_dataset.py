@@ -1,0 +1,181 @@
+"""A folder of pictures with captions, and the whole training program run on one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from sd35_core import checkpoint, training
+from sd35_core.autoencoder import TinyAutoencoder
+from sd35_core.dataset import read_folder, read_picture
+from sd35_core.errors import SettingError
+from sd35_core.text_encoder import END, START, tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+COLOURS = ["red", "green", "blue", "yellow", "purple", "white", "black", "orange"]
+
+
+def words(caption: str) -> list[int]:
+    """A tokenizer of one id per word."""
+    return [1000 + len(word) for word in caption.split()]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Eight pictures of one colour each, in two shapes, with captions."""
+    images = tmp_path / "pictures"
+    images.mkdir()
+    for i, colour in enumerate(COLOURS):
+        Image.new("RGB", (64, 64) if i % 2 else (96, 48), colour).save(images / f"{colour}.png")
+        (images / f"{colour}.txt").write_text(f"a {colour} square\n", encoding="utf-8")
+    return images
+
+
+def test_every_picture_goes_to_the_nearest_shape(folder: Path) -> None:
+    groups = read_folder(folder, [(32, 32), (64, 32)], TinyAutoencoder(), words)
+    shapes = sorted(tuple(group["latents"].shape) for group in groups)
+    assert shapes == [(4, 16, 4, 4), (4, 16, 4, 8)]
+    for group in groups:
+        assert group["tokens_l"].shape == (4, 77) and group["tokens_l"][0, 0] == START
+        assert group["tokens_l_empty"][:2].tolist() == [START, END]
+        assert group["tokens_g"][0, 4:6].tolist() == [END, 0]
+
+
+def test_a_picture_is_filled_and_cut_at_the_centre(tmp_path: Path) -> None:
+    wide = Image.new("RGBA", (60, 20), "red")
+    wide.paste((0, 0, 255, 255), (20, 0, 40, 20))
+    wide.save(tmp_path / "wide.png")
+    pixels, size = read_picture(tmp_path / "wide.png", [(16, 16)])
+    assert size == (16, 16) and pixels.shape == (3, 16, 16)
+    assert pixels[:, 8, 8].tolist() == [0, 0, 255] and pixels[0, :, 2:14].max() == 0
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_picture(tmp_path / "clear.png", [(8, 8)])[0].min() == 255
+
+
+def without_pictures(folder: Path) -> None:
+    for path in folder.glob("*.png"):
+        path.unlink()
+
+
+def with_a_broken_picture(folder: Path) -> None:
+    content = (folder / "blue.png").read_bytes()
+    (folder / "blue.png").write_bytes(content[:60])
+
+
+def with_a_text_as_picture(folder: Path) -> None:
+    (folder / "blue.png").write_text("no picture")
+
+
+def without_a_caption(folder: Path) -> None:
+    (folder / "green.txt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (without_pictures, r"has no pictures; looked for \.png"),
+        (with_a_broken_picture, r"blue\.png' can't be read as a picture"),
+        (with_a_text_as_picture, r"blue\.png' can't be read as a picture"),
+        (without_a_caption, r"'green\.png' has no caption \(1 of 8 have none\)"),
+    ],
+)
+def test_a_bad_folder_is_refused(spoil: Callable[[Path], None], said: str, folder: Path) -> None:
+    spoil(folder)
+    with pytest.raises(SettingError, match=said):
+        read_folder(folder, [(32, 32)], TinyAutoencoder(), words)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="is not a folder"):
+        read_folder(tmp_path / "nowhere", [(32, 32)], TinyAutoencoder(), words)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"lacks vocab\.json and merges\.txt"):
+        tokenizer(tmp_path)
+
+
+@pytest.fixture
+def program(folder: Path, clip_files: Path) -> Path:
+    """A configuration for a real run on the folder, with samples."""
+    torch.manual_seed(0)
+    save_file(TinyAutoencoder().state_dict(), folder.parent / "vae.safetensors")
+    file = folder.parent / "run.toml"
+    file.write_text(
+        "images = 'pictures'\noutput = 'run'\nvae = 'vae.safetensors'\n"
+        f"tokenizer = {str(clip_files)!r}\nsizes = [[32, 32], [64, 32]]\n"
+        "samples = ['a red square', 'a blue square']\nrandom_crops = 0.3\n"
+        "depth = 2\ndual_blocks = 1\npos_embed_max_size = 8\ncontext_dim = 64\n"
+        "clip_l = [16, 2, 2]\nclip_g = [16, 2, 2]\nbatch = 4\nsteps = 6\nsave_every = 3\n"
+        "bf16 = false\n[metadata]\nlicence = 'MIT'\n",
+        encoding="utf-8",
+    )
+    return file
+
+
+def test_the_program_trains_on_a_folder_and_writes_a_checkpoint(program: Path) -> None:
+    assert training.main([str(program)]) == 0
+    out = program.parent / "run"
+    drawn = [Image.open(path).size for path in sorted((out / "samples").glob("*.png"))]
+    assert drawn in ([(64, 32)] * 2, [(128, 32)] * 2), "two captions at steps 3 and 6"
+    tensors, metadata = checkpoint.read_file(out / "model.safetensors")
+    assert '"steps_trained": 6' in metadata["sd35_config"] and "MIT" in metadata["sd35_config"]
+    assert all(tensor.dtype == torch.float16 for tensor in tensors.values())
+    assert "first_stage_model.taesd_decoder.1.weight" in tensors
+    assert "text_encoders.clip_g.transformer.text_projection.weight" in tensors
+    network = checkpoint.load(out / "model.safetensors").config
+    assert network == training.read_config(program).network
+
+
+def started(program: Path, before: str = "") -> subprocess.Popen[str]:
+    run = "import sys\nfrom sd35_core import training\nsys.exit(training.main(sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", f"{before}\n{run}", str(program)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
+def test_ctrl_c_finishes_the_step_and_saves(program: Path) -> None:
+    text = program.read_text(encoding="utf-8").replace("steps = 6\n", "steps = 100000\n")
+    program.write_text(text.replace("save_every = 3\n", "save_every = 20\n"), encoding="utf-8")
+    run = started(program)
+    state = program.parent / "run" / "state.safetensors"
+    deadline = time.monotonic() + 120
+    while not state.exists():
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(run.pid, signal.SIGINT)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0 and "stopped at step" in output, output
+    resumed = training.Run(training.read_config(program))
+    resumed.resume()
+    assert f"stopped at step {resumed.step} of 100000" in output
+    assert (program.parent / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(program: Path) -> None:
+    """The system refuses to write more than 100 kB into one file, as a full disk would."""
+    assert training.main([str(program)]) == 0
+    state = program.parent / "run" / "state.safetensors"
+    before = state.read_bytes()
+    text = program.read_text(encoding="utf-8").replace("steps = 6\n", "steps = 9\n")
+    program.write_text(text, encoding="utf-8")
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    run = started(program, limit)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 1, output
+    assert "state.safetensors' could not be written" in output and "Traceback" not in output
+    assert state.read_bytes() == before
+    assert not list(state.parent.glob("*.partial"))
