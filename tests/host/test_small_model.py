@@ -7,8 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from tools.nano.draw import Painter, noise_of
+from sd35_core.pipeline import Pipeline, Settings, noise_of
+from tools.nano.judge import judge
+from tools.nano.pictures import emoji_folder
+from tools.nano.prepare import clip_tokenizer
+from tools.nano.scenes import PLACES, parse, render
+from tools.nano.scoring import draw, judge_all, unseen
 
 from ..conftest import NANO
 from .conftest import difference
@@ -18,8 +24,8 @@ CAPTION = "a small avocado at the top left on a sky blue background"
 
 
 @pytest.fixture(scope="module")
-def painter(comfy: SimpleNamespace) -> Painter:
-    return Painter(NANO)
+def pipeline(comfy: SimpleNamespace) -> Pipeline:
+    return Pipeline.load(NANO, clip_tokenizer())
 
 
 def host_encoding(comfy: SimpleNamespace, caption: str) -> list[Any]:
@@ -29,9 +35,9 @@ def host_encoding(comfy: SimpleNamespace, caption: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("caption", [CAPTION, "", "a big owl, purple background", "owl " * 90])
-def test_text_is_encoded_alike(comfy: SimpleNamespace, painter: Painter, caption: str) -> None:
+def test_text_is_encoded_alike(comfy: SimpleNamespace, pipeline: Pipeline, caption: str) -> None:
     ((context, extra),) = host_encoding(comfy, caption)
-    seen, pooled = painter.encode([caption])
+    seen, pooled = pipeline.encode([caption])
     if len(caption.split()) < 70:
         assert difference(seen, context) < 1e-5
         assert difference(pooled, extra["pooled_output"]) < 1e-5
@@ -39,16 +45,16 @@ def test_text_is_encoded_alike(comfy: SimpleNamespace, painter: Painter, caption
         assert seen.shape[1] < context.shape[1], "without a host a long caption is cut"
 
 
-def test_latents_are_decoded_and_encoded_alike(comfy: SimpleNamespace, painter: Painter) -> None:
+def test_latents_are_decoded_and_encoded_alike(comfy: SimpleNamespace, pipeline: Pipeline) -> None:
     vae = comfy.loading.vae_from(comfy.loading.read(NANO))
-    latent = 0.5 * noise_of(3)
-    pixels = painter.autoencoder.decode(latent).clamp(0, 1)
+    latent = 0.5 * noise_of(3, (128, 128))
+    pixels = pipeline.autoencoder.decode(latent).clamp(0, 1)
     assert difference(vae.decode(latent), pixels.permute(0, 2, 3, 1)) < 1e-4
     encoded = vae.encode(pixels.permute(0, 2, 3, 1))
-    assert difference(encoded, painter.autoencoder.encode(pixels)) < 1e-4
+    assert difference(encoded, pipeline.autoencoder.encode(pixels)) < 1e-4
 
 
-def test_a_whole_picture_is_drawn_alike(comfy: SimpleNamespace, painter: Painter) -> None:
+def test_a_whole_picture_is_drawn_alike(comfy: SimpleNamespace, pipeline: Pipeline) -> None:
     model = comfy.loading.model_from(comfy.loading.read(NANO), "default")
     prompts = [host_encoding(comfy, caption) for caption in (CAPTION, "")]
     latent = {"samples": torch.zeros(1, 16, 16, 16)}
@@ -56,6 +62,35 @@ def test_a_whole_picture_is_drawn_alike(comfy: SimpleNamespace, painter: Painter
     out = comfy.sampler.SD35Sampler.execute(model, *prompts, latent, *settings)
     vae = comfy.loading.vae_from(comfy.loading.read(NANO))
     host = vae.decode(out.result[0]["samples"])[0]
-    (picture,) = painter.draw([CAPTION], [5], steps=12)
-    seen = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(128, 128, 3)
+    (seen,) = pipeline.draw([CAPTION], [5], Settings(steps=12))
     assert (seen.float() / 255 - host).abs().mean() < 0.02, "bf16 here, fp32 there"
+
+
+def test_image_to_image_keeps_the_layout(comfy: SimpleNamespace) -> None:
+    """Half the noise and another thing in the prompt, which names no place."""
+    folder = emoji_folder()
+    model = comfy.loading.model_from(comfy.loading.read(NANO), "default")
+    vae = comfy.loading.vae_from(comfy.loading.read(NANO))
+    kept = 0
+    for i, place in enumerate(PLACES):
+        given = parse(f"an apple {place} on a sky blue background")
+        wanted = "an orange on a sky blue background"
+        pixels = torch.frombuffer(bytearray(render(given, folder).tobytes()), dtype=torch.uint8)
+        latent = {"samples": vae.encode(pixels.view(1, 128, 128, 3).float() / 255)}
+        prompts = [host_encoding(comfy, caption) for caption in (wanted, "")]
+        settings = (i, 16, 4.0, 1.0, "dpmpp_2m", "simple", 0.5)
+        out = comfy.sampler.SD35Sampler.execute(model, *prompts, latent, *settings)
+        made = (255 * vae.decode(out.result[0]["samples"])[0]).round().byte()
+        kept += judge(Image.fromarray(made.numpy()), given, folder).place_right
+    assert kept >= 8, "of nine places"
+
+
+@pytest.mark.parametrize("size", [(160, 160), (192, 128)])
+def test_sizes_without_training_give_recognisable_pictures(
+    pipeline: Pipeline, size: tuple[int, int]
+) -> None:
+    scenes = [scene for scene in unseen(40) if len(scene.names) == 1][:24]
+    pictures = draw(pipeline, scenes, Settings(steps=16, size=size))
+    assert pictures[0].size == size
+    right = sum(verdict.thing_right for verdict in judge_all(pictures, scenes))
+    assert right >= 12, "one in 256 by chance"
