@@ -272,10 +272,21 @@ def shapes_of(state_dict: Mapping[str, Tensor]) -> Shapes:
 def checked_config(state_dict: Mapping[str, Tensor], source: str = "this file") -> MMDiTXConfig:
     """The configuration, once every tensor is there, of the right shape and finite.
 
-    Quantization's own entries beside a weight are left to who loads them. Raises CheckpointError.
+    Raises CheckpointError.
     """
     config = config_from_shapes(shapes_of(state_dict), source)
     expected = shapes_of(MMDiTX(config, device="meta").state_dict())
+    check_tensors(state_dict, expected, config.variant, source)
+    return config
+
+
+def check_tensors(
+    state_dict: Mapping[str, Tensor], expected: Shapes, what: str, source: str
+) -> None:
+    """Raise CheckpointError unless every expected tensor is there, of its shape, and finite.
+
+    Quantization's own entries beside a weight are left to who loads them.
+    """
     packed = {k.rsplit(".", 1)[0] for k in state_dict if k.endswith(QUANTIZATION_SUFFIXES)}
     missing = sorted(expected.keys() - state_dict.keys())
     if missing:
@@ -288,7 +299,7 @@ def checked_config(state_dict: Mapping[str, Tensor], source: str = "this file") 
         if seen != shape and key.rsplit(".", 1)[0] not in packed:
             raise CheckpointError(
                 f"{source}: '{key}' has shape {list(seen)}, expected {list(shape)} in a "
-                f"{config.variant}. The file mixes two models or is damaged; use the original."
+                f"{what}. The file mixes two models or is damaged; use the original."
             )
     for key in expected:
         if not _finite(state_dict[key]):
@@ -296,7 +307,6 @@ def checked_config(state_dict: Mapping[str, Tensor], source: str = "this file") 
                 f"{source}: '{key}' holds NaN or infinite values, so every picture would be "
                 "black. The file is damaged or was converted wrongly; download the original."
             )
-    return config
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -131,14 +131,12 @@ class MMDiTX(nn.Module):
 
     def embed(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Latent (B, 16, H, W) -> tokens with their positions, (B, N, hidden)."""
-        patch = self.config.patch_size
-        odd_height, odd_width = -x.shape[-2] % patch, -x.shape[-1] % patch
-        if odd_height or odd_width:
-            x = F.pad(x, (0, odd_width, 0, odd_height), mode="circular")
+        x = padded(x, self.config.patch_size)
         tokens = self.x_embedder(x)
         if positions is not None:
             return tokens + positions.to(tokens)
-        return tokens + self.positions(x.shape[-2] // patch, x.shape[-1] // patch).to(tokens)
+        rows, columns = (side // self.config.patch_size for side in x.shape[-2:])
+        return tokens + self.positions(rows, columns).to(tokens)
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """The centre crop of the position table, (1, rows * columns, hidden)."""
@@ -159,6 +157,14 @@ class MMDiTX(nn.Module):
         rows = -(-height // patch)
         x = x.unflatten(-1, (patch, patch, -1)).unflatten(1, (rows, -1))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)[..., :height, :width]
+
+
+def padded(x: Tensor, patch: int) -> Tensor:
+    """A latent (B, C, H, W) whose sides are multiples of `patch`: the first rows come again."""
+    odd_height, odd_width = -x.shape[-2] % patch, -x.shape[-1] % patch
+    if odd_height or odd_width:
+        return F.pad(x, (0, odd_width, 0, odd_height), mode="circular")
+    return x
 
 
 class _Rows:

@@ -22,6 +22,7 @@ ALLOWED = {
     "recipes": {"guidance"},
     "mmditx": {"config", "errors", "layers"},
     "checkpoint": {"config", "errors", "layers", "mmditx"},
+    "controlnet": {"checkpoint", "config", "errors", "layers", "mmditx"},
     "autoencoder": {"errors", "latent", "layers"},
     "text_encoder": {"errors", "layers"},
     "dataset": {"autoencoder", "errors", "text_encoder"},
