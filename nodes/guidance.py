@@ -10,6 +10,8 @@ from ..sd35_core.errors import SettingError
 from ..sd35_core.guidance import SkipLayers, parse_layers
 from .host.guidance import depth_of, with_skip_layers
 
+KEEP, DROP = "keep", "drop"
+
 
 class SkipLayerGuidance(io.ComfyNode):
     """Guides away from what the model predicts with some layers skipped."""
@@ -56,13 +58,22 @@ class SkipLayerGuidance(io.ComfyNode):
                     tooltip="Share of the steps before which it ends. 0.01 to 0.20 of 50 steps is "
                     "9 steps, each half as long again.",
                 ),
+                io.Combo.Input(
+                    "controlnet",
+                    options=[KEEP, DROP],
+                    default=KEEP,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Whether ControlNets act in the pass with skipped layers too. The "
+                    "reference drops them there; kept, the guidance judges the layers alone.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
         )
 
     @classmethod
     def execute(
-        cls, model: Any, layers: str, scale: float, start: float, end: float
+        cls, model: Any, layers: str, scale: float, start: float, end: float, controlnet: str = KEEP
     ) -> io.NodeOutput:
         if start >= end:
             raise SettingError(
@@ -71,4 +82,5 @@ class SkipLayerGuidance(io.ComfyNode):
         chosen = parse_layers(layers, depth_of(model))
         if not chosen or scale == 0:
             return io.NodeOutput(model)
-        return io.NodeOutput(with_skip_layers(model, SkipLayers(chosen, scale, start, end)))
+        skip = SkipLayers(chosen, scale, start, end)
+        return io.NodeOutput(with_skip_layers(model, skip, keep_control=controlnet == KEEP))

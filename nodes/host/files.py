@@ -9,6 +9,8 @@ import folder_paths
 from ...sd35_core.errors import CheckpointError
 
 PACK_MODELS = Path(__file__).resolve().parents[2] / "models"
+PACK_CONTROLNETS = "controlnet"
+"""The folder beside a model of the pack that holds its ControlNets."""
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
 FORMATS = (".safetensors", ".sft")
 
@@ -23,13 +25,30 @@ def model_files() -> list[str]:
 
 def _models() -> dict[str, Path | None]:
     """Name -> the file, or None where the host knows the way."""
-    files: dict[str, Path | None] = {
-        path.name: path for path in sorted(PACK_MODELS.rglob("*.safetensors"))
-    }
+    files: dict[str, Path | None] = {path.name: path for path in _of_the_pack(controlnets=False)}
     for folder in MODEL_FOLDERS:
         for name in listed(folder):
             files.setdefault(f"{folder}/{name}" if name in files else name, None)
     return files
+
+
+def _of_the_pack(controlnets: bool) -> list[Path]:
+    paths = sorted(PACK_MODELS.rglob("*.safetensors"))
+    return [path for path in paths if (path.parent.name == PACK_CONTROLNETS) == controlnets]
+
+
+def controlnet_files() -> list[str]:
+    """Names of ControlNets, those of the pack first."""
+    own = [path.name for path in _of_the_pack(controlnets=True)]
+    return own + [name for name in listed("controlnet") if name not in own]
+
+
+def controlnet_path(name: str) -> Path:
+    """The file behind a name of `controlnet_files`. Raises CheckpointError when it is gone."""
+    for path in _of_the_pack(controlnets=True):
+        if path.name == name:
+            return path
+    return path_in("controlnet", name)
 
 
 def listed(folder: str) -> list[str]:

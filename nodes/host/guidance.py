@@ -32,7 +32,14 @@ class Record:
 
     skip: SkipLayers
     positive: list[Cond]
+    keep_control: bool
     denoised: Tensor | None = None
+
+    def conds(self) -> list[Cond]:
+        """The positive conds as the skipped pass sees them."""
+        if self.keep_control:
+            return self.positive
+        return [{k: v for k, v in cond.items() if k != "control"} for cond in self.positive]
 
 
 def depth_of(model: Any) -> int:
@@ -47,8 +54,11 @@ def depth_of(model: Any) -> int:
     return network.config.depth
 
 
-def with_skip_layers(model: Any, skip: SkipLayers) -> Any:
-    """A clone of MODEL that samples with Skip Layer Guidance."""
+def with_skip_layers(model: Any, skip: SkipLayers, keep_control: bool = True) -> Any:
+    """A clone of MODEL that samples with Skip Layer Guidance.
+
+    Without `keep_control` the skipped pass runs without ControlNets, as in the reference.
+    """
     key = f"sd35_skip_layers_{uuid.uuid4()}"
     guided = model.clone()
 
@@ -62,7 +72,7 @@ def with_skip_layers(model: Any, skip: SkipLayers) -> Any:
             if skip.active(step, len(schedule) - 1):
                 conds = executor.class_obj.conds
                 positive = conds.get("middle", conds.get("positive"))
-                record = Record(skip, positive)
+                record = Record(skip, positive, keep_control)
                 options[RECORDS] = {**options.get(RECORDS, {}), key: record}
         return executor(x, sigma, options, seed)
 
@@ -75,11 +85,10 @@ def with_skip_layers(model: Any, skip: SkipLayers) -> Any:
             skipped = run_skipped(
                 lambda *call: comfy.samplers.calc_cond_batch(*call),
                 arguments["model"],
-                arguments["cond"],
+                Record(skip, arguments["cond"], keep_control),
                 arguments["input"],
                 arguments["sigma"],
                 arguments["model_options"],
-                skip,
             )
         return away_from_skipped(
             arguments["denoised"], arguments["cond_denoised"], skipped, skip.scale
@@ -111,15 +120,13 @@ def run_twins(
     if transformer.get("patches") or transformer.get("patches_replace"):
         out = executor(model, conds, x, sigma, options)
         for record in records:
-            record.denoised = run_skipped(
-                executor, model, record.positive, x, sigma, options, record.skip
-            )
+            record.denoised = run_skipped(executor, model, record, x, sigma, options)
         return out
     plan: dict[uuid.UUID, tuple[tuple[uuid.UUID, int], frozenset[int]]] = {}
     batch = [*conds]
     for number, record in enumerate(records):
         index = next(i for i, cond in enumerate(conds) if cond is record.positive)
-        twins = [{**cond, "uuid": twin_uuid(cond["uuid"], number)} for cond in record.positive]
+        twins = [{**cond, "uuid": twin_uuid(cond["uuid"], number)} for cond in record.conds()]
         for twin, cond in zip(twins, record.positive):
             plan[twin["uuid"]] = ((cond["uuid"], index), record.skip.layers)
         batch.append(twins)
@@ -136,16 +143,11 @@ def twin_uuid(source: uuid.UUID, number: int) -> uuid.UUID:
 
 
 def run_skipped(
-    run: Any,
-    model: Any,
-    positive: list[Cond],
-    x: Tensor,
-    sigma: Tensor,
-    options: Options,
-    skip: SkipLayers,
+    run: Any, model: Any, record: Record, x: Tensor, sigma: Tensor, options: Options
 ) -> Tensor:
     """The positive conds in a pass of their own with the layers skipped."""
-    transformer = {**options.get("transformer_options", {}), SKIPPED: skip.layers}
+    transformer = {**options.get("transformer_options", {}), SKIPPED: record.skip.layers}
     alone = {k: v for k, v in options.items() if k != RECORDS}
-    (denoised,) = run(model, [positive], x, sigma, {**alone, "transformer_options": transformer})
+    options = {**alone, "transformer_options": transformer}
+    (denoised,) = run(model, [record.conds()], x, sigma, options)
     return denoised

@@ -31,11 +31,14 @@ SMALL = MMDiTXConfig(
 )
 
 
+FOLDERS = ("checkpoints", "controlnet", "diffusion_models", "loras", "text_encoders", "vae")
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The host's base directory, with models that the tests make."""
     base = tmp_path_factory.mktemp("host base")
-    for folder in ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras"):
+    for folder in FOLDERS:
         (base / "models" / folder).mkdir(parents=True)
     save_file(
         {f"model.diffusion_model.{k}": t for k, t in random_weights(SMALL).items()},
@@ -66,6 +69,8 @@ def comfy(comfyui: hosts.Host, base: Path) -> SimpleNamespace:
         loading=module("host.loading"),
         text=module("host.text"),
         loader=module("loader"),
+        controlnet=module("controlnet"),
+        host_controlnet=module("host.controlnet"),
         guidance=module("guidance"),
         sampler=module("sampler"),
     )

@@ -19,7 +19,7 @@ from .test_model import hooked
 EXACT = 1e-5
 
 
-def skipping(comfy: SimpleNamespace, model: Any, layers: str = "1, 2", **settings: float) -> Any:
+def skipping(comfy: SimpleNamespace, model: Any, layers: str = "1, 2", **settings: Any) -> Any:
     values = {"scale": 2.5, "start": 0.01, "end": 0.5, **settings}
     return comfy.guidance.SkipLayerGuidance.execute(model, layers, **values).result[0]
 

@@ -23,6 +23,7 @@ ALLOWED = {
     "mmditx": {"config", "errors", "layers"},
     "checkpoint": {"config", "errors", "layers", "mmditx"},
     "controlnet": {"checkpoint", "config", "errors", "layers", "mmditx"},
+    "hints": {"controlnet", "errors"},
     "autoencoder": {"errors", "latent", "layers"},
     "text_encoder": {"errors", "layers"},
     "dataset": {"autoencoder", "errors", "text_encoder"},

@@ -1,0 +1,211 @@
+"""SD3.5's ControlNets as the host's CONTROL_NET objects, which every node of the host can use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.controlnet
+import comfy.latent_formats
+import comfy.ldm.modules.diffusionmodules.mmdit
+import comfy.model_management
+import comfy.ops
+import comfy.utils
+from comfy.ldm.modules.attention import optimized_attention
+from torch import Tensor
+
+from ...sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder, config_of, controlnet
+from ...sd35_core.errors import SettingError
+from ...sd35_core.hints import Near, rgb, vae_input
+from .loading import ModelFile
+from .network import HostMMDiTX
+
+StockMMDiT = comfy.ldm.modules.diffusionmodules.mmdit.MMDiT
+PIXELS = 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where people and programs differ; the defaults are the reference's."""
+
+    near: Near = "near is bright"
+
+
+class SD35ControlNet(comfy.controlnet.ControlNet):
+    """A ControlNetEmbedder between the host's nodes and the model that is being sampled.
+
+    It reads through that model's own modules, so LoRA, offloading and quantization of the base
+    hold for it too; the model is held from `pre_run` to `cleanup` alone.
+    """
+
+    def __init__(self, model: ControlNetEmbedder | None, options: Options, **managed: Any):
+        super().__init__(
+            model, compression_ratio=1, latent_format=comfy.latent_formats.SD3(), **managed
+        )
+        self.options = options
+        self.base: Any = None
+
+    def copy(self) -> SD35ControlNet:
+        other = SD35ControlNet(
+            None,
+            self.options,
+            load_device=self.load_device,
+            manual_cast_dtype=self.manual_cast_dtype,
+        )
+        other.control_model = self.control_model
+        other.control_model_wrapped = self.control_model_wrapped
+        self.copy_to(other)
+        return other
+
+    @property
+    def config(self) -> ControlNetConfig:
+        return self.control_model.config
+
+    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
+        super().pre_run(model, percent_to_timestep_function)
+        self.base = base_of(model.diffusion_model)
+        check_fit(self.config, self.base)
+
+    def cleanup(self) -> None:
+        self.base = None
+        super().cleanup()
+
+    def get_control(
+        self, x_noisy: Tensor, t: Tensor, cond: Any, batched_number: int, transformer_options: Any
+    ) -> Any:
+        """Residuals per block of the base, added to those of the ControlNets before."""
+        previous = None
+        if self.previous_controlnet is not None:
+            previous = self.previous_controlnet.get_control(
+                x_noisy, t, cond, batched_number, transformer_options
+            )
+        first, last = self.timestep_range
+        if self.strength == 0 or not last < float(t[0]) <= first:
+            return previous
+        dtype = self.manual_cast_dtype or self.control_model.dtype
+        x = self.model_sampling_current.calculate_input(t, x_noisy).to(dtype)
+        residuals = self.control_model(
+            self.base,
+            x,
+            self.model_sampling_current.timestep(t).float(),
+            cond["y"].to(x),
+            self.hint_for(x, batched_number),
+            lambda q, k, v, _: optimized_attention(
+                q, k, v, q.shape[1], skip_reshape=True, transformer_options=transformer_options
+            ),
+        )
+        spread = [residuals[layer] for layer in self.config.spread(self.base.depth)]
+        return self.control_merge({"output": spread}, previous, output_dtype=None)
+
+    def hint_for(self, x: Tensor, chunks: int) -> Tensor:
+        """The hint as latents for the rows of x; encoded once for each size."""
+        if self.cond_hint is None or self.cond_hint.shape[2:] != x.shape[2:]:
+            self.cond_hint = self.encoded(x.shape[2], x.shape[3]).to(x)
+        hint, pictures = self.cond_hint, len(x) // chunks
+        if len(hint) not in (1, pictures):
+            raise SettingError(
+                f"The ControlNet got {len(hint)} pictures for {pictures} latents. Give it one, or "
+                "one for each latent."
+            )
+        return hint.expand(pictures, -1, -1, -1).repeat(chunks, 1, 1, 1)
+
+    def encoded(self, rows: int, columns: int) -> Tensor:
+        """The hint's latents (B, 16, rows, columns) on the model's scale."""
+        if self.vae is None:
+            raise SettingError(
+                "An SD3.5 ControlNet reads its picture through the VAE, and none is connected. "
+                "Connect the VAE output of SD35Loader to the node that applies the ControlNet."
+            )
+        size = (columns * PIXELS, rows * PIXELS)
+        method = "nearest-exact" if self.config.control_type == "canny" else "bicubic"
+        scaled = comfy.utils.common_upscale(self.cond_hint_original, *size, method, "center")
+        picture = rgb(scaled.movedim(1, -1)).clamp(0, 1)
+        seen = vae_input(picture, self.config, self.options.near)
+        loaded = comfy.model_management.loaded_models(only_currently_used=True)
+        latents = self.vae.encode((seen + 1) / 2)
+        comfy.model_management.load_models_gpu(loaded)
+        if latents.shape[1:] != (self.config.in_channels, rows, columns):
+            raise SettingError(
+                f"The connected VAE makes latents of shape {list(latents.shape[1:])} from the "
+                f"ControlNet's picture, expected {[self.config.in_channels, rows, columns]}. "
+                "Connect SD3.5's VAE."
+            )
+        return self.latent_format.process_in(latents)
+
+
+class _StockBase:
+    """The host's own SD3 model, seen as ours: what a ControlNet needs of it."""
+
+    def __init__(self, network: Any):
+        self.network = network
+        self.y_embedder = network.y_embedder
+        self.depth = len(network.joint_blocks)
+        self.hidden = network.x_embedder.proj.weight.shape[0]
+        self.pooled_dim = network.y_embedder.mlp[0].weight.shape[1]
+
+    def embed(self, x: Tensor) -> Tensor:
+        positions = self.network.cropped_pos_embed(x.shape[-2:], device=x.device)
+        return self.network.x_embedder(x) + positions.to(x)
+
+
+class _OurBase:
+    def __init__(self, network: HostMMDiTX):
+        config = network.config
+        self.embed, self.y_embedder = network.embed, network.y_embedder
+        self.depth, self.hidden, self.pooled_dim = config.depth, config.hidden, config.pooled_dim
+
+
+def base_of(network: Any) -> Any:
+    """What of a diffusion model a ControlNet needs. Raises SettingError for one that isn't SD3."""
+    network = getattr(network, "_orig_mod", network)
+    if isinstance(network, HostMMDiTX):
+        return _OurBase(network)
+    if isinstance(network, StockMMDiT):
+        return _StockBase(network)
+    raise SettingError(
+        f"This ControlNet is for Stable Diffusion 3.5, but the model is a "
+        f"{type(network).__name__}. Use a ControlNet made for that model, or load SD3.5."
+    )
+
+
+def check_fit(config: ControlNetConfig, base: Any) -> None:
+    """Raise SettingError or CheckpointError unless the ControlNet was made for a base like this."""
+    names = {2432: "SD3.5 Large", 1536: "SD3.5 Medium"}
+    if config.hidden != base.hidden:
+        raise SettingError(
+            f"The ControlNet is for a model of width {config.hidden} "
+            f"({names.get(config.hidden, 'not published')}), but the model has "
+            f"{base.hidden} ({names.get(base.hidden, 'not published')}). Choose the ControlNet "
+            "made for this model."
+        )
+    if config.kind == "8b" and config.pooled_dim != base.pooled_dim:
+        raise SettingError(
+            f"The ControlNet takes a pooled text {config.pooled_dim} wide, the model's is "
+            f"{base.pooled_dim}. Choose the ControlNet made for this model."
+        )
+    config.spread(base.depth)
+
+
+def controlnet_from(file: ModelFile, options: Options) -> SD35ControlNet:
+    """The CONTROL_NET in a file, its dtype and devices chosen by the host.
+
+    Raises CheckpointError when there is none for SD3.5.
+    """
+    name = f"'{file.path.name}'"
+    tensors = controlnet(file.tensors, name)
+    config = config_of(tensors, name)
+    management = comfy.model_management
+    device, offload_device = management.get_torch_device(), management.unet_offload_device()
+    dtype = management.unet_dtype(model_params=comfy.utils.calculate_parameters(tensors))
+    compute = management.unet_manual_cast(dtype, device)
+    operations = comfy.ops.pick_operations(dtype, compute, disable_fast_fp8=True)
+    model = ControlNetEmbedder(config, operations, dtype=dtype, device=offload_device)
+    model.dtype = dtype
+    wanted = {key: tensors[key].to(dtype) for key in model.state_dict()}
+    model.load_state_dict(wanted)
+    return SD35ControlNet(
+        model.requires_grad_(False).eval(),
+        options,
+        load_device=device,
+        manual_cast_dtype=compute,
+    )
