@@ -13,7 +13,7 @@ from .host.controlnet import Options, SD35ControlNet, controlnet_from
 from .host.loading import read
 from .host.report import tell
 
-NEAR = ["near is bright", "near is dark"]
+NEAR = list(hints.NEAR)
 FROM_CONTROL_NET = "as the ControlNet"
 
 
@@ -254,6 +254,6 @@ class SD35ControlHint(io.ComfyNode):
                 "The ControlNet's file does not say what it was trained on. Set kind to blur, "
                 "canny or depth."
             )
-        seen = hints.vae_input(hint, control_net.config, control_net.options.near)
+        seen = control_net.seen_by_vae(hint)
         low, high = (0.5, 128.0) if seen.max() > 1.5 else (-1.0, 1.0)
         return io.NodeOutput(hint, ((seen - low) / (high - low)).clamp(0, 1))

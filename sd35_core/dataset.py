@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .autoencoder import TinyAutoencoder
 from .errors import SettingError
+from .hints import made_hint, vae_input
 from .text_encoder import KINDS, Tokenize, padded
 
 Examples = dict[str, Tensor]
@@ -17,21 +18,31 @@ Examples = dict[str, Tensor]
 tokens_l_empty and tokens_g_empty (77,), the caption without words."""
 
 Size = tuple[int, int]
+DEPTH = ".depth.png"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def read_folder(
-    folder: Path, sizes: list[Size], autoencoder: TinyAutoencoder, tokenize: Tokenize
+    folder: Path,
+    sizes: list[Size],
+    autoencoder: TinyAutoencoder,
+    tokenize: Tokenize,
+    controlnet: str = "",
 ) -> list[Examples]:
     """All pictures in a folder, each with the caption in the .txt file of the same name.
 
     A picture goes to the (width, height) of `sizes` whose shape is nearest to its own: it is scaled
-    to fill it, and what juts out is cut off. One group per size that got pictures. Raises
-    SettingError for a folder without pictures, a picture that can't be read, a missing caption.
+    to fill it, and what juts out is cut off. One group per size that got pictures. With
+    `controlnet` (blur, canny or depth) each example gets its hint too. Raises SettingError for a
+    folder without pictures, a picture that can't be read, a missing caption or depth map.
     """
     if not folder.is_dir():
         raise SettingError(f"images: '{folder}' is not a folder.")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    paths = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in PICTURES and not path.name.endswith(DEPTH)
+    )
     if not paths:
         kinds = ", ".join(PICTURES)
         raise SettingError(f"images: '{folder}' has no pictures; looked for {kinds} files.")
@@ -42,15 +53,30 @@ def read_folder(
             f"Write one into '{bare[0].with_suffix('.txt')}'; an empty file is allowed."
         )
     latents: dict[Size, list[Tensor]] = defaultdict(list)
+    hints: dict[Size, list[Tensor]] = defaultdict(list)
     captions: dict[Size, list[str]] = defaultdict(list)
     for path in paths:
         pixels, size = read_picture(path, sizes)
         latents[size].append(encoded(autoencoder, pixels[None]))
+        if controlnet:
+            hints[size].append(encoded_hint(autoencoder, hint_of(path, pixels, size, controlnet)))
         captions[size].append(path.with_suffix(".txt").read_text(encoding="utf-8").strip())
     return [
         {"latents": torch.cat(latents[size]), **tokens_of(captions[size], tokenize)}
+        | ({"hints": torch.cat(hints[size])} if controlnet else {})
         for size in latents
     ]
+
+
+def hint_of(path: Path, pixels: Tensor, size: Size, controlnet: str) -> Tensor:
+    """What the VAE sees of a picture's hint, (1, H, W, 3); pixels: (3, H, W) uint8."""
+    if controlnet == "depth":
+        beside = path.with_name(path.stem + DEPTH)
+        if not beside.is_file():
+            raise SettingError(f"images: '{path.name}' has no depth map; expected '{beside}'.")
+        pixels, _ = read_picture(beside, [size])
+    picture = pixels.permute(1, 2, 0)[None].float() / 255
+    return vae_input(made_hint(picture, controlnet), "2b", controlnet)
 
 
 def read_picture(path: Path, sizes: list[Size]) -> tuple[Tensor, Size]:
@@ -71,10 +97,19 @@ def read_picture(path: Path, sizes: list[Size]) -> tuple[Tensor, Size]:
     return values.view(size[1], size[0], 3).permute(2, 0, 1), size
 
 
-@torch.no_grad()
 def encoded(autoencoder: TinyAutoencoder, pictures: Tensor) -> Tensor:
     """(B, 3, H, W) uint8 -> (B, 16, H / 8, W / 8) fp16, on the VAE's scale."""
-    image = pictures.float().div(255).contiguous(memory_format=torch.channels_last)
+    return _latents(autoencoder, pictures.float() / 255)
+
+
+def encoded_hint(autoencoder: TinyAutoencoder, seen: Tensor) -> Tensor:
+    """The same of what the VAE sees of hints, (B, H, W, 3), -1 being black and 1 white."""
+    return _latents(autoencoder, (seen.movedim(-1, 1) + 1) / 2)
+
+
+@torch.no_grad()
+def _latents(autoencoder: TinyAutoencoder, image: Tensor) -> Tensor:
+    image = image.contiguous(memory_format=torch.channels_last)
     with torch.autocast(image.device.type, torch.bfloat16):
         return autoencoder.encode(image).contiguous().half()
 

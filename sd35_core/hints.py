@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .controlnet import ControlNetConfig
+from .controlnet import Kind
 from .errors import SettingError
 
 Near = Literal["near is bright", "near is dark"]
+NEAR: tuple[Near, Near] = ("near is bright", "near is dark")
 REFERENCE_SIDE = 1024
 """The blur's radius is given in pixels of a picture with this longer side."""
 
@@ -73,14 +74,23 @@ def depth(picture: Tensor, normalise: bool, invert: bool) -> Tensor:
     return (1 - grey if invert else grey).repeat(1, 1, 1, 3)
 
 
-def vae_input(hint: Tensor, config: ControlNetConfig, near: Near) -> Tensor:
+def made_hint(picture: Tensor, control_type: str) -> Tensor:
+    """The hint of a picture with usual settings; for depth the picture is the map."""
+    if control_type == "blur":
+        return blurred(picture, 24)
+    if control_type == "canny":
+        return edges(picture, 0.1, 0.2)
+    return depth(picture, normalise=True, invert=False)
+
+
+def vae_input(hint: Tensor, kind: Kind, control_type: str | None, near: Near = NEAR[0]) -> Tensor:
     """What the VAE sees of a hint (B, H, W, 3) in 0..1; `near` says how depth maps come.
 
     SD3.5's depth ControlNets were trained with near dark. Large's canny ControlNet was trained
     on 127.5 a + 0.5, everything else on 2 a - 1 (Stability AI's reference).
     """
-    if config.control_type == "canny" and config.kind == "8b":
+    if control_type == "canny" and kind == "8b":
         return 127.5 * hint + 0.5
-    if config.control_type == "depth" and near == "near is bright":
+    if control_type == "depth" and near == "near is bright":
         hint = 1 - hint
     return 2 * hint - 1

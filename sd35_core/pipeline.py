@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .autoencoder import TinyAutoencoder
 from .checkpoint import StateDict, load, read_file, under
+from .controlnet import ControlNetEmbedder
 from .errors import CheckpointError
 from .guidance import SkipLayers, away_from_skipped, guided, step_of
 from .latent import CHANNELS, PIXELS, from_model
@@ -42,12 +43,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A network with its text encoders (clip_l, clip_g) and its VAE, and CLIP's tokenizer."""
+    """A network with its text encoders (clip_l, clip_g) and its VAE, and CLIP's tokenizer.
+
+    With a `control`, pictures are steered by hints.
+    """
 
     network: MMDiTX
     encoders: Mapping[str, ClipTextModel]
     autoencoder: TinyAutoencoder
     tokenize: Tokenize
+    control: ControlNetEmbedder | None = None
 
     @classmethod
     def load(cls, path: Path, tokenize: Tokenize) -> Pipeline:
@@ -84,10 +89,12 @@ class Pipeline:
         seeds: list[int],
         settings: Settings = Settings(),
         on_done: Callable[[int], object] = lambda done: None,
+        hints: Tensor | None = None,
     ) -> list[Tensor]:
         """One picture (H, W, 3) uint8 per caption, from noise of its seed.
 
-        `on_done` hears how many there are.
+        `on_done` hears how many there are; `hints` (B, 16, H / 8, W / 8), one per caption, are on
+        the model's scale.
         """
         pictures: list[Tensor] = []
         levels = sigmas(settings.steps, settings.shift, settings.schedule)
@@ -96,7 +103,8 @@ class Pipeline:
             seeds_of_part = seeds[start : start + BATCH]
             noise = torch.cat([noise_of(seed, settings.size) for seed in seeds_of_part])
             context, y = self.encode([*part, *[settings.negative] * len(part)], settings.without)
-            denoise = partial(self.denoised, settings=settings, levels=levels)
+            hint = None if hints is None else hints[start : start + BATCH].to(self.device)
+            denoise = partial(self.denoised, settings=settings, levels=levels, hint=hint)
             inputs = {"context": context, "y": y}
             sample = SAMPLERS[settings.sampler]
             with torch.autocast(self.device.type, torch.bfloat16):
@@ -114,6 +122,7 @@ class Pipeline:
         y: Tensor,
         settings: Settings,
         levels: Tensor,
+        hint: Tensor | None = None,
     ) -> Tensor:
         """The guided picture; context and y hold the captions' rows, then the negative ones."""
         count, slg = len(x), settings.slg
@@ -128,7 +137,14 @@ class Pipeline:
             rows.append(rows[0])
         which = torch.cat(rows)
         x, sigma = (tensor.repeat(len(rows), *[1] * (tensor.ndim - 1)) for tensor in (x, sigma))
-        velocity = self.network(x, 1000 * sigma, context[which], y[which], twins=twins).float()
+        residuals: list[Tensor] = []
+        if self.control is not None and hint is not None:
+            hint = hint.repeat(len(rows), 1, 1, 1)
+            layers = self.control(self.network, x, 1000 * sigma, y[which], hint)
+            residuals = [layers[i] for i in self.control.config.spread(self.network.config.depth)]
+        velocity = self.network(
+            x, 1000 * sigma, context[which], y[which], residuals=residuals, twins=twins
+        ).float()
         parts = list((x - sigma[:, None, None, None] * velocity).split(count))
         cond = parts[0]
         result = guided(parts[1], cond, settings.cfg) if settings.cfg != 1 else cond

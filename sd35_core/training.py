@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .autoencoder import TinyAutoencoder
 from .checkpoint import StateDict, load, read_file, under, write_file
 from .config import MMDiTXConfig
+from .controlnet import CONTROL_TYPES, ControlNetConfig, ControlNetEmbedder
 from .dataset import Examples, Size, read_folder
 from .errors import SD35Error, SettingError
 from .latent import to_model
@@ -66,6 +67,10 @@ class TrainingConfig:
     clip_l: tuple[int, int, int] = (48, 3, 3)
     clip_g: tuple[int, int, int] = (64, 4, 3)
     """Width, heads and layers of the text encoders that are trained along."""
+    controlnet: str = ""
+    """blur, canny or depth: train a ControlNet for the model in `start`, which stays as it is.
+    Its hints are made from the pictures; depth maps lie beside them as NAME.depth.png."""
+    controlnet_layers: int = 1
     steps: int = 6000
     batch: int = 64
     accumulate: int = 1
@@ -153,12 +158,32 @@ def read_config(path: Path) -> TrainingConfig:
     config = TrainingConfig(**values)
     if bool(config.images) == bool(config.examples):
         raise SettingError(f"'{path.name}' needs either 'images' or 'examples'.")
+    for size in config.sizes:
+        if not isinstance(size, tuple) or len(size) != 2 or any(s % 16 or s <= 0 for s in size):
+            raise SettingError(
+                f"'{path.name}': sizes has {size}; a size is a width and a height in pixels, "
+                "multiples of 16, such as [128, 96]."
+            )
+    if config.controlnet:
+        check_controlnet(config, path.name)
     needs = ["vae", "tokenizer"] if config.images or config.samples else []
     for name in needs:
         if not getattr(config, name):
             why = "images" if config.images else "samples"
             raise SettingError(f"'{path.name}': '{why}' needs the key '{name}' too.")
     return config
+
+
+def check_controlnet(config: TrainingConfig, name: str) -> None:
+    """Raise SettingError unless a ControlNet can be trained so."""
+    if config.controlnet not in CONTROL_TYPES:
+        known = ", ".join(CONTROL_TYPES)
+        raise SettingError(f"'{name}': controlnet is '{config.controlnet}'; known are {known}.")
+    for key in ("start", "text_encoders"):
+        if not getattr(config, key):
+            raise SettingError(f"'{name}': a ControlNet is trained on a model; it needs '{key}'.")
+    if config.samples:
+        raise SettingError(f"'{name}': no samples are drawn while a ControlNet is trained.")
 
 
 def position_table(width: int, size: int) -> Tensor:
@@ -197,6 +222,13 @@ class Trained(nn.Module):
         self.diffusion_model = MMDiTX(config.network, _Operations)
         self.clip_l = ClipTextModel(clip_l(*config.clip_l))
         self.clip_g = ClipTextModel(clip_g(*config.clip_g))
+        self.controlnet: ControlNetEmbedder | None = None
+        if config.controlnet:
+            hidden = config.network.hidden
+            described = ControlNetConfig(
+                "2b", config.controlnet_layers, hidden, hidden, config.controlnet
+            )
+            self.controlnet = ControlNetEmbedder(described, _Operations)
 
     def initialise(self) -> None:
         """As in the paper: every adaLN and the final layer start at zero, so blocks are idle."""
@@ -217,6 +249,23 @@ class Trained(nn.Module):
             embeddings = encoder.text_model.embeddings
             nn.init.normal_(embeddings.token_embedding.weight, std=0.5)
             nn.init.normal_(embeddings.position_embedding.weight, std=0.1)
+
+    def steer(self) -> None:
+        """Let the ControlNet alone learn: it begins as a copy of the base that changes nothing."""
+        base, control = self.diffusion_model.requires_grad_(False), self.controlnet
+        assert control is not None
+        control.x_embedder.load_state_dict(base.x_embedder.state_dict())
+        control.t_embedder.load_state_dict(base.t_embedder.state_dict())
+        for linear in (control.y_embedder.mlp[0], control.y_embedder.mlp[2]):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for block, joint in zip(control.transformer_blocks, base.joint_blocks):
+            source = joint.get_submodule("x_block").state_dict()
+            wanted = block.state_dict()
+            block.load_state_dict({key: source[key][: len(t)] for key, t in wanted.items()})
+        for silent in (*control.controlnet_blocks, control.pos_embed_input):
+            for parameter in silent.parameters():
+                nn.init.zeros_(parameter)
 
     def take_encoders(self, tensors: dict[str, Tensor]) -> None:
         """Use the text encoders of a checkpoint as they are, without training them."""
@@ -270,12 +319,20 @@ def flow_loss(
     context: Tensor,
     y: Tensor,
     positions: Tensor | None = None,
+    control: ControlNetEmbedder | None = None,
+    hint: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared error of the velocity noise - x0; x0: (B, 16, H, W), sigma: (B,)."""
+    """Mean squared error of the velocity noise - x0; x0 and hint: (B, 16, H, W), sigma: (B,)."""
     share = sigma[:, None, None, None]
     attend = plain_attention if x0.device.type == "cpu" else attention
     x = (1 - share) * x0 + share * noise
-    velocity = model(x, 1000 * sigma, context, y, attend=attend, positions=positions)
+    residuals: list[Tensor] = []
+    if control is not None and hint is not None:
+        layers = control(model, x, 1000 * sigma, y, hint, attend)
+        residuals = [layers[i] for i in control.config.spread(model.config.depth)]
+    velocity = model(
+        x, 1000 * sigma, context, y, attend=attend, residuals=residuals, positions=positions
+    )
     return (velocity.float() - (noise - x0)).square().mean()
 
 
@@ -301,6 +358,8 @@ class Run:
         if config.start:
             start = load(config.start, dtype=torch.float32).state_dict()
             fill(self.model.diffusion_model, start, config.start)
+        if config.controlnet:
+            self.model.steer()
         self.model.to(self.device)
         if config.compile:
             self.model.diffusion_model.compile()
@@ -319,10 +378,14 @@ class Run:
         """One group per size."""
         config = self.config
         if config.examples:
-            groups = [read_file(path)[0] for path in config.examples]
+            groups = [read_examples_file(path) for path in config.examples]
         else:
             assert self.vae is not None and self.tokenize is not None, "read_config sees to it"
-            groups = read_folder(Path(config.images), list(config.sizes), self.vae, self.tokenize)
+            groups = read_folder(
+                Path(config.images), list(config.sizes), self.vae, self.tokenize, config.controlnet
+            )
+        if config.controlnet and any("hints" not in group for group in groups):
+            raise SettingError("The examples have no hints to train a ControlNet with.")
         cells = 2 * config.pos_embed_max_size
         largest = max(max(group["latents"].shape[2:]) for group in groups)
         if largest > cells:
@@ -370,9 +433,22 @@ class Run:
             ids[uncaptioned] = examples[f"{name}_empty"][: config.prompt_tokens].long()
             tokens.append(ids.to(self.device))
         x0, noise, sigma, kept = (t.to(self.device) for t in (x0, noise, sigma, kept))
+        hint = None
+        if self.model.controlnet is not None:
+            hint = to_model(examples["hints"][chosen].float()).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
             context, y = self.model.encode(*tokens, kept=kept)
-            return flow_loss(self.model.diffusion_model, x0, noise, sigma, context, y, positions)
+            return flow_loss(
+                self.model.diffusion_model,
+                x0,
+                noise,
+                sigma,
+                context,
+                y,
+                positions,
+                self.model.controlnet,
+                hint,
+            )
 
     def advance(self) -> float:
         """One optimiser step; everything random in it depends on the seed and the step alone."""
@@ -451,8 +527,16 @@ class Run:
         Image.fromarray(torch.cat(drawn, dim=1).numpy()).save(file)
 
     def write_model(self, path: Path) -> None:
-        """The moving average as a single-file SD3.5 checkpoint in fp16, with the VAE if known."""
+        """The moving average in fp16: a single-file SD3.5 checkpoint, with the VAE if known, or
+        the ControlNet alone."""
         model = self.averaged()
+        if model.controlnet is not None:
+            tensors = {key: t.half().cpu() for key, t in model.controlnet.state_dict().items()}
+            number = CONTROL_TYPES.index(self.config.controlnet)
+            tensors["control_type"] = torch.tensor([number], dtype=torch.int32)
+            about = {"steps_trained": self.step, **self.config.metadata}
+            write_file(path, tensors, {"sd35_config": about})
+            return
         parts = {
             "model.diffusion_model.": model.diffusion_model.state_dict(),
             "text_encoders.clip_l.transformer.": model.clip_l.state_dict(),
@@ -514,6 +598,16 @@ def _until_interrupted() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def read_examples_file(path: str) -> Examples:
+    """A group of examples. Raises CheckpointError or SettingError for a file without them."""
+    tensors, _ = read_file(path)
+    wanted = ("latents", "tokens_l", "tokens_g", "tokens_l_empty", "tokens_g_empty")
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise SettingError(f"'{path}' has no examples to train on: it lacks {missing[0]}.")
+    return tensors
 
 
 def best_device() -> str:

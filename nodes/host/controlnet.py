@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder, config_of, controlnet
 from ...sd35_core.errors import SettingError
-from ...sd35_core.hints import Near, rgb, vae_input
+from ...sd35_core.hints import NEAR, Near, rgb, vae_input
 from .loading import ModelFile
 from .network import HostMMDiTX
 
@@ -28,7 +28,7 @@ PIXELS = 8
 class Options:
     """Where people and programs differ; the defaults are the reference's."""
 
-    near: Near = "near is bright"
+    near: Near = NEAR[0]
 
 
 class SD35ControlNet(comfy.controlnet.ControlNet):
@@ -109,6 +109,10 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
             )
         return hint.expand(pictures, -1, -1, -1).repeat(chunks, 1, 1, 1)
 
+    def seen_by_vae(self, hint: Tensor) -> Tensor:
+        """What the VAE sees of a hint (B, H, W, 3) in 0..1."""
+        return vae_input(hint, self.config.kind, self.config.control_type, self.options.near)
+
     def encoded(self, rows: int, columns: int) -> Tensor:
         """The hint's latents (B, 16, rows, columns) on the model's scale."""
         if self.vae is None:
@@ -120,7 +124,7 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
         method = "nearest-exact" if self.config.control_type == "canny" else "bicubic"
         scaled = comfy.utils.common_upscale(self.cond_hint_original, *size, method, "center")
         picture = rgb(scaled.movedim(1, -1)).clamp(0, 1)
-        seen = vae_input(picture, self.config, self.options.near)
+        seen = self.seen_by_vae(picture)
         loaded = comfy.model_management.loaded_models(only_currently_used=True)
         latents = self.vae.encode((seen + 1) / 2)
         comfy.model_management.load_models_gpu(loaded)

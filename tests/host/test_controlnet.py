@@ -107,7 +107,7 @@ def test_the_hosts_sampling_gives_what_the_core_gives(
     picture: Tensor, conds: Conds,
 ) -> None:  # fmt: skip
     base, control, vae = load(small), load_controlnet(files[name]), load_vae(NANO)
-    seen = vae_input(picture, control.config, "near is bright")
+    seen = vae_input(picture, control.config.kind, control.config.control_type)
     hint = to_model(vae.encode(((seen + 1) / 2).movedim(-1, 1)))
     context = torch.cat([conds.negative[0][0], conds.positive[0][0]])
     y = torch.cat([c[0][1]["pooled_output"] for c in (conds.negative, conds.positive)])

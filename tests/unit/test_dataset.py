@@ -21,28 +21,13 @@ from sd35_core.dataset import read_folder, read_picture
 from sd35_core.errors import SettingError
 from sd35_core.text_encoder import END, START, tokenizer
 
+from .models import words_as_tokens
+
 ROOT = Path(__file__).resolve().parents[2]
-COLOURS = ["red", "green", "blue", "yellow", "purple", "white", "black", "orange"]
-
-
-def words(caption: str) -> list[int]:
-    """A tokenizer of one id per word."""
-    return [1000 + len(word) for word in caption.split()]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Eight pictures of one colour each, in two shapes, with captions."""
-    images = tmp_path / "pictures"
-    images.mkdir()
-    for i, colour in enumerate(COLOURS):
-        Image.new("RGB", (64, 64) if i % 2 else (96, 48), colour).save(images / f"{colour}.png")
-        (images / f"{colour}.txt").write_text(f"a {colour} square\n", encoding="utf-8")
-    return images
 
 
 def test_every_picture_goes_to_the_nearest_shape(folder: Path) -> None:
-    groups = read_folder(folder, [(32, 32), (64, 32)], TinyAutoencoder(), words)
+    groups = read_folder(folder, [(32, 32), (64, 32)], TinyAutoencoder(), words_as_tokens)
     shapes = sorted(tuple(group["latents"].shape) for group in groups)
     assert shapes == [(4, 16, 4, 4), (4, 16, 4, 8)]
     for group in groups:
@@ -92,12 +77,12 @@ def without_a_caption(folder: Path) -> None:
 def test_a_bad_folder_is_refused(spoil: Callable[[Path], None], said: str, folder: Path) -> None:
     spoil(folder)
     with pytest.raises(SettingError, match=said):
-        read_folder(folder, [(32, 32)], TinyAutoencoder(), words)
+        read_folder(folder, [(32, 32)], TinyAutoencoder(), words_as_tokens)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="is not a folder"):
-        read_folder(tmp_path / "nowhere", [(32, 32)], TinyAutoencoder(), words)
+        read_folder(tmp_path / "nowhere", [(32, 32)], TinyAutoencoder(), words_as_tokens)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from sd35_core import training
 from sd35_core.errors import CheckpointError, SettingError
-from sd35_core.text_encoder import clip_g, clip_l, padded
 from sd35_core.training import (
     Run,
     Trained,
@@ -23,41 +22,6 @@ from sd35_core.training import (
     position_table,
     read_config,
 )
-
-IMAGES = 8
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
-    """A run on eight flat 4x4 latents with a caption each."""
-    folder = tmp_path_factory.mktemp("training")
-    generator = torch.Generator().manual_seed(0)
-    flat = torch.randn(IMAGES, 16, 1, 1, generator=generator).expand(-1, -1, 4, 4)
-    captions = [[1000 + i, 2000 + i] for i in range(IMAGES)]
-    tensors = {"latents": flat.contiguous().half()}
-    for name, kind in (("tokens_l", clip_l), ("tokens_g", clip_g)):
-        rows = [padded(caption, kind(1, 1, 1)) for caption in [*captions, []]]
-        ids = torch.tensor(rows, dtype=torch.int32)
-        tensors |= {name: ids[:-1].clone(), f"{name}_empty": ids[-1].clone()}
-    save_file(tensors, folder / "examples.safetensors")
-    return TrainingConfig(
-        examples=(str(folder / "examples.safetensors"),),
-        output=str(folder / "run"),
-        depth=2,
-        dual_blocks=1,
-        pos_embed_max_size=4,
-        context_dim=64,
-        clip_l=(16, 2, 2),
-        clip_g=(16, 2, 2),
-        steps=200,
-        batch=IMAGES,
-        rate=3e-3,
-        warm_up=20,
-        ema=0.95,
-        bf16=False,
-        save_every=100,
-        device="cpu",
-    )
 
 
 def test_the_loss_on_fixed_noise_is_the_one_computed_by_hand() -> None:
@@ -207,6 +171,7 @@ def test_a_run_halves_its_loss_and_resumes_bit_for_bit(config: TrainingConfig) -
         ("output = 'o'\nimages = 'i'\nexamples = 'e'\n", "needs either 'images' or 'examples'"),
         ("examples = 'e'\n", "lacks the key 'output'"),
         ("output = 'o'\nimages = 'i'\n", "'images' needs the key 'vae' too"),
+        ("output = 'o'\nexamples = 'e'\nsizes = [[100, 64]]\n", r"sizes has \(100, 64\)"),
         ("output = 'o'\nexamples = 'e'\nsteps = 'many'\n", "steps is 'many', but should be a who"),
         ("output = 'o'\nexamples = 'e'\nsteps = true\n", "steps is True, but should be a whole"),
         ("examples = \n", "can't be read as TOML"),
@@ -285,3 +250,16 @@ def test_a_broken_state_is_refused(config: TrainingConfig, tmp_path: Path) -> No
     run.state_file.write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=r"state.safetensors"):
         run.resume()
+
+
+def test_a_file_without_examples_is_refused(config: TrainingConfig, tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(SettingError, match="has no examples to train on: it lacks latents"):
+        Run(replace(config, examples=(str(tmp_path / "other.safetensors"),)))
+    with pytest.raises(CheckpointError, match="nowhere"):
+        Run(replace(config, examples=(str(tmp_path / "nowhere.safetensors"),)))
+
+
+def test_a_picture_beyond_the_position_table_is_refused(config: TrainingConfig) -> None:
+    with pytest.raises(SettingError, match=r"32 pixels wide or high, but .* 1 allows 16"):
+        Run(replace(config, pos_embed_max_size=1))

@@ -12,7 +12,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageFilter
 
 THINGS: dict[str, str] = {
     # animals
@@ -158,7 +158,8 @@ class Placed:
 class Scene:
     """What a caption says: one thing, two different ones (`names`), or `count` equal ones.
 
-    `place` is a key of PLACES for one thing, of PAIRS for two, and empty for a count.
+    `place` is a key of PLACES for one thing, of PAIRS for two, and empty for a count. `at` is
+    (share, x, y) of a thing whose caption does not say where it is.
     """
 
     names: tuple[str, ...]
@@ -167,12 +168,15 @@ class Scene:
     place: str = "in the middle"
     count: int = 1
     caption: str = ""
+    at: tuple[float, float, float] | None = None
 
     def placed(self) -> list[Placed]:
         """Every thing with its size and place."""
         if len(self.names) == 2:
             return [Placed(n, 0.46, *xy) for n, xy in zip(self.names, PAIRS[self.place])]
         (name,) = self.names
+        if self.at is not None:
+            return [Placed(name, *self.at)]
         if self.count > 1:
             share, places = ARRANGEMENTS[self.count]
             return [Placed(name, share, *xy) for xy in places]
@@ -232,6 +236,18 @@ def draw_one(rng: random.Random) -> Scene:
         where = ""
     caption = _sentence(rng, article(words), words, where, ground)
     return Scene((name,), colours, size, place, caption=caption)
+
+
+def draw_anywhere(seed: int, unseen: bool = False) -> Scene:
+    """One thing of any size anywhere, with a caption that names neither: for ControlNets."""
+    rng = random.Random(seed)
+    while True:
+        name, colour = rng.choice(list(THINGS)), rng.choice(list(COLOURS))
+        at = (rng.uniform(0.35, 0.75), rng.uniform(-1, 1), rng.uniform(-1, 1))
+        caption = f"{article(name)} on {article(colour)} background"
+        scene = Scene((name,), (colour,), caption=caption, at=at)
+        if unseen == held_out(name, colour, "anywhere"):
+            return scene
 
 
 def draw_two(rng: random.Random) -> Scene:
@@ -332,17 +348,39 @@ def render(
     scene: Scene, assets: Path, size: tuple[int, int] = (128, 128), seed: int = 0
 ) -> Image.Image:
     """The picture of a scene, RGB; size: (width, height). `seed` moves things by a hair."""
-    rng = random.Random(seed)
     image = ground_of(scene.colours, size)
+    for name, pixels, corner in layout(scene, size, seed):
+        sprite = sprite_of(name, pixels, assets)
+        image.paste(sprite, corner, sprite)
+    return image
+
+
+def depth_map(
+    scene: Scene, assets: Path, size: tuple[int, int] = (128, 128), seed: int = 0
+) -> Image.Image:
+    """The depth of the same picture, L, near bright: things bulge towards the viewer."""
+    image = Image.new("L", size, 30)
+    for name, pixels, corner in layout(scene, size, seed):
+        outline = sprite_of(name, pixels, assets).getchannel("A")
+        inside = outline.filter(ImageFilter.GaussianBlur(pixels / 8))
+        image.paste(inside.point(lambda value: 90 + value * 165 // 255), corner, outline)
+    return image
+
+
+def layout(
+    scene: Scene, size: tuple[int, int], seed: int
+) -> list[tuple[str, int, tuple[int, int]]]:
+    """Every thing's name, side in pixels, and left upper corner."""
+    rng = random.Random(seed)
+    found = []
     for thing in scene.placed():
         pixels = round(thing.share * min(size) * rng.uniform(0.96, 1.04))
-        corner = [
+        left, top = (
             round((side - pixels) / 2 * (1 + MARGIN * where) + rng.uniform(-0.012, 0.012) * side)
             for side, where in zip(size, (thing.x, thing.y))
-        ]
-        sprite = sprite_of(thing.name, pixels, assets)
-        image.paste(sprite, (corner[0], corner[1]), sprite)
-    return image
+        )
+        found.append((thing.name, pixels, (left, top)))
+    return found
 
 
 def ground_of(colours: tuple[str, ...], size: tuple[int, int]) -> Image.Image:

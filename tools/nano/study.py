@@ -36,6 +36,7 @@ from .scoring import (
 FILE = MODEL / "figures.json"
 PLOT = ROOT / "web" / "docs" / "steps.svg"
 STEPS = (4, 10, 20, 50)
+FEW = 128
 SIZES = ((128, 128), (96, 96), (160, 160), (192, 128), (128, 192), (256, 256))
 
 
@@ -56,13 +57,13 @@ def headline(pipeline: Pipeline) -> dict[str, Figures]:
 
 
 def by_cfg(pipeline: Pipeline) -> dict[str, Figures]:
-    scenes = unseen(200)
+    scenes = unseen(FEW)
     return {f"{cfg:g}": measure(pipeline, scenes, Settings(cfg=cfg)) for cfg in (1, 2, 4, 7)}
 
 
 def by_skipped_layers(pipeline: Pipeline) -> dict[str, Figures]:
     """Scale 2.5 on 1 % to 20 % of the steps, SD3.5 Medium's recipe, for every choice of layers."""
-    scenes = unseen(200)
+    scenes = unseen(FEW)
     found = {"none": measure(pipeline, scenes, Settings())}
     for layers in ((0,), (1,), (2,), (3,), (1, 2), (2, 3)):
         slg = SkipLayers(frozenset(layers), 2.5, 0.01, 0.2)
@@ -72,7 +73,7 @@ def by_skipped_layers(pipeline: Pipeline) -> dict[str, Figures]:
 
 
 def by_encoder(pipeline: Pipeline) -> dict[str, Figures]:
-    scenes = unseen(200)
+    scenes = unseen(FEW)
     return {
         name or "both": measure(pipeline, scenes, Settings(without=name))
         for name in ("", "clip_l", "clip_g")
@@ -80,14 +81,14 @@ def by_encoder(pipeline: Pipeline) -> dict[str, Figures]:
 
 
 def by_size(pipeline: Pipeline) -> dict[str, Figures]:
-    scenes = unseen(100)
+    scenes = unseen(48)
     return {
         f"{size[0]}x{size[1]}": measure(pipeline, scenes, Settings(size=size)) for size in SIZES
     }
 
 
 def by_steps(pipeline: Pipeline) -> dict[str, Figures]:
-    scenes = unseen(96)
+    scenes = unseen(48)
     return {
         f"{sampler} {schedule} {steps}": measure(
             pipeline, scenes, Settings(steps=steps, sampler=sampler, schedule=schedule)
@@ -100,7 +101,7 @@ def by_steps(pipeline: Pipeline) -> dict[str, Figures]:
 
 def with_negative_prompt(pipeline: Pipeline) -> dict[str, Figures]:
     """Whether the right one of two things goes when the negative prompt names it in its place."""
-    pairs = [s for s in unseen(400) if len(s.names) == 2 and s.place == "side by side"][:48]
+    pairs = [s for s in unseen(400) if len(s.names) == 2 and s.place == "side by side"][:24]
     found: dict[str, Figures] = {}
     for cfg, named in itertools.product((4.0, 7.0), (False, True)):
         pictures = [
@@ -139,7 +140,7 @@ def plot(found: dict[str, Figures]) -> str:
     for panel, sampler in enumerate(SAMPLERS):
         left, top, width, height = 52 + 290 * panel, 44, 230, 220
         across = {steps: left + width * i / (len(STEPS) - 1) for i, steps in enumerate(STEPS)}
-        parts.append(text(left, 24, f"Right thing, % of 96 pictures: {sampler}"))
+        parts.append(text(left, 24, f"Right thing, % of 48 pictures: {sampler}"))
         for share in (0, 25, 50, 75, 100):
             y = top + height * (1 - share / 100)
             parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y}" y2="{y}" stroke="#444"/>')
