@@ -112,8 +112,10 @@ class SD35ControlNetApply(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive"),
-                io.Conditioning.Output(display_name="negative"),
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt, steered."),
+                io.Conditioning.Output(
+                    display_name="negative", tooltip="The negative prompt, steered."
+                ),
             ],
         )
 

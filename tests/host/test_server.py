@@ -57,7 +57,10 @@ def test_a_picture_comes_with_progress_and_the_same_seed_gives_the_same(
 def test_nodes_are_listed_with_tooltips_on_every_widget(server: hosts.Server) -> None:
     info = hosts.call(server.url, "/object_info")
     ours = {name: node for name, node in info.items() if node["category"] == "SD3.5"}
-    assert set(ours) == {"SD35Loader", "SkipLayerGuidance", "SD35Sampler", "SD35Sigmas"}
+    assert set(ours) == {
+        "SD35Loader", "SkipLayerGuidance", "SD35Sampler", "SD35Sigmas",
+        "SD35ControlNetLoader", "SD35ControlNetApply", "SD35ControlHint",
+    }  # fmt: skip
     for name, node in ours.items():
         assert node["description"]
         inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
