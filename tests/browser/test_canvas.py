@@ -69,6 +69,9 @@ def test_help_pages_are_served_for_every_node(server: hosts.Server) -> None:
         with urllib.request.urlopen(url) as answer:
             assert answer.read().decode() == path.read_text(encoding="utf-8")
     assert {p.stem for p in (PACK / "web" / "docs").glob("*.md")} == {
+        "SD35ControlHint",
+        "SD35ControlNetApply",
+        "SD35ControlNetLoader",
         "SD35Loader",
         "SD35Sampler",
         "SD35Sigmas",
