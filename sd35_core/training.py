@@ -556,7 +556,8 @@ class Run:
             "steps_trained": self.step,
             **self.config.metadata,
         }
-        write_file(path, tensors, {"sd35_config": described})
+        title = str(self.config.metadata.get("title", "a small SD3.5"))
+        write_file(path, tensors, {"sd35_config": described, "modelspec.title": title})
 
     def go_on(self) -> None:
         """Train to the last step, with a progress bar; Ctrl-C finishes the step, saves, stops."""

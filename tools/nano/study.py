@@ -36,7 +36,7 @@ from .scoring import (
 FILE = MODEL / "figures.json"
 PLOT = ROOT / "web" / "docs" / "steps.svg"
 STEPS = (4, 10, 20, 50)
-FEW = 128
+FEW = 64
 SIZES = ((128, 128), (96, 96), (160, 160), (192, 128), (128, 192), (256, 256))
 
 
@@ -81,14 +81,14 @@ def by_encoder(pipeline: Pipeline) -> dict[str, Figures]:
 
 
 def by_size(pipeline: Pipeline) -> dict[str, Figures]:
-    scenes = unseen(48)
+    scenes = unseen(32)
     return {
         f"{size[0]}x{size[1]}": measure(pipeline, scenes, Settings(size=size)) for size in SIZES
     }
 
 
 def by_steps(pipeline: Pipeline) -> dict[str, Figures]:
-    scenes = unseen(48)
+    scenes = unseen(24)
     return {
         f"{sampler} {schedule} {steps}": measure(
             pipeline, scenes, Settings(steps=steps, sampler=sampler, schedule=schedule)
@@ -140,7 +140,7 @@ def plot(found: dict[str, Figures]) -> str:
     for panel, sampler in enumerate(SAMPLERS):
         left, top, width, height = 52 + 290 * panel, 44, 230, 220
         across = {steps: left + width * i / (len(STEPS) - 1) for i, steps in enumerate(STEPS)}
-        parts.append(text(left, 24, f"Right thing, % of 48 pictures: {sampler}"))
+        parts.append(text(left, 24, f"Right thing, % of 24 pictures: {sampler}"))
         for share in (0, 25, 50, 75, 100):
             y = top + height * (1 - share / 100)
             parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y}" y2="{y}" stroke="#444"/>')
