@@ -256,9 +256,10 @@ class Trained(nn.Module):
         assert control is not None
         control.x_embedder.load_state_dict(base.x_embedder.state_dict())
         control.t_embedder.load_state_dict(base.t_embedder.state_dict())
-        for linear in (control.y_embedder.mlp[0], control.y_embedder.mlp[2]):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for linear in control.y_embedder.mlp:
+            if isinstance(linear, nn.Linear):
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
         for block, joint in zip(control.transformer_blocks, base.joint_blocks):
             source = joint.get_submodule("x_block").state_dict()
             wanted = block.state_dict()

@@ -96,7 +96,7 @@ def test_8b_sees_through_the_base_and_2b_with_its_own_eyes() -> None:
         base.x_embedder.proj.weight.data.add_(0.1)
         after = model(base, x, timestep, y, x)
         assert torch.equal(before[0], after[0]) != through_base
-        base.y_embedder.mlp[0].bias.data.add_(0.1)
+        base.y_embedder.mlp[0].bias.data.add_(0.1)  # pyright: ignore
         assert torch.equal(after[0], model(base, x, timestep, y, x)[0]) == through_base
 
 

@@ -363,7 +363,9 @@ def depth_map(
     for name, pixels, corner in layout(scene, size, seed):
         outline = sprite_of(name, pixels, assets).getchannel("A")
         inside = outline.filter(ImageFilter.GaussianBlur(pixels / 8))
-        image.paste(inside.point(lambda value: 90 + value * 165 // 255), corner, outline)
+        image.paste(
+            inside.point([90 + value * 165 // 255 for value in range(256)]), corner, outline
+        )
     return image
 
 
