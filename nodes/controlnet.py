@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 
 from ..sd35_core import hints
 from ..sd35_core.errors import SettingError
 from .host import files
-from .host.controlnet import Options, SD35ControlNet, controlnet_from
+from .host.controlnet import COMFYUI, STABILITY, Options, SD35ControlNet, controlnet_from
 from .host.loading import read
 from .host.report import tell
 
@@ -42,21 +43,33 @@ class SD35ControlNetLoader(io.ComfyNode):
                     "make near bright; Stability's own samples have near dark.",
                     advanced=True,
                 ),
+                io.Combo.Input(
+                    "reference",
+                    options=[STABILITY, COMFYUI],
+                    default=STABILITY,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Whose arithmetic to follow where the two disagree (see the help "
+                    "page). ComfyUI's repeats pictures made with its own ControlNet loader.",
+                ),
             ],
             outputs=[io.ControlNet.Output(tooltip="For SD3.5 ControlNet Apply or any other.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, control_net: str, depth_maps: str) -> tuple[str, int, int]:
+    def fingerprint_inputs(
+        cls, control_net: str, depth_maps: str, reference: str = STABILITY
+    ) -> tuple[str, int, int]:
         """Changes when the file is replaced, so that it is loaded again."""
-        path = files.controlnet_path(control_net)
-        stat = path.stat()
-        return str(path), stat.st_size, stat.st_mtime_ns
+        return files.fingerprint(files.controlnet_path(control_net))
 
     @classmethod
-    def execute(cls, control_net: str, depth_maps: Any) -> io.NodeOutput:
-        loaded = controlnet_from(read(files.controlnet_path(control_net)), Options(near=depth_maps))
+    def execute(
+        cls, control_net: str, depth_maps: Any, reference: str = STABILITY
+    ) -> io.NodeOutput:
+        options = Options(depth_maps, reference)
+        loaded = controlnet_from(read(files.controlnet_path(control_net)), options)
         config = loaded.config
         tell(
             f"{config.control_type or 'unknown kind of'} ControlNet ({config.kind}), "
@@ -179,7 +192,7 @@ class SD35ControlHint(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "blur_radius",
-                    default=24.0,
+                    default=hints.BLUR_RADIUS,
                     min=0.0,
                     max=200.0,
                     step=0.5,
@@ -187,7 +200,7 @@ class SD35ControlHint(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "canny_low",
-                    default=0.1,
+                    default=hints.CANNY_THRESHOLDS[0],
                     min=0.01,
                     max=0.99,
                     step=0.01,
@@ -195,7 +208,7 @@ class SD35ControlHint(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "canny_high",
-                    default=0.2,
+                    default=hints.CANNY_THRESHOLDS[1],
                     min=0.01,
                     max=0.99,
                     step=0.01,
@@ -257,5 +270,5 @@ class SD35ControlHint(io.ComfyNode):
                 "canny or depth."
             )
         seen = control_net.seen_by_vae(hint)
-        low, high = (0.5, 128.0) if seen.max() > 1.5 else (-1.0, 1.0)
+        low, high = control_net.seen_by_vae(torch.tensor([0.0, 1.0])).sort().values
         return io.NodeOutput(hint, ((seen - low) / (high - low)).clamp(0, 1))

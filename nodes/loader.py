@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from comfy_api.latest import io
 
 from .host import files, loading, text
@@ -78,8 +76,7 @@ class SD35Loader(io.ComfyNode):
         paths = [files.model_path(model), *encoder_paths(encoders).values()]
         if vae not in (FROM_MODEL, NONE):
             paths.append(files.path_in("vae", vae))
-        stats = [(str(path), Path(path).stat()) for path in paths if path is not None]
-        return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        return [files.fingerprint(path) for path in paths if path is not None]
 
     @classmethod
     def execute(

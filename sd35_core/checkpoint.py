@@ -10,12 +10,12 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import MMDiTXConfig, Shapes, config_from_shapes
 from .errors import CheckpointError
@@ -23,6 +23,7 @@ from .layers import Operations
 from .mmditx import MMDiTX
 
 StateDict = dict[str, Tensor]
+Module = TypeVar("Module", bound=nn.Module)
 
 DTYPES = {
     "F64": torch.float64,
@@ -48,7 +49,7 @@ OTHER_MODELS = ("first_stage_model.", "text_encoders.", "cond_stage_model.")
 VAE_MARKS = ("decoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight")
 QUANTIZATION_SUFFIXES = (".weight_scale", ".input_scale", ".comfy_quant", ".scale_weight")
 
-_RENAMED = {
+RENAMED = {
     "pos_embed.pos_embed": "pos_embed",
     "pos_embed.proj": "x_embedder.proj",
     "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
@@ -59,7 +60,7 @@ _RENAMED = {
     "norm_out.linear": "final_layer.adaLN_modulation.1",
     "proj_out": "final_layer.linear",
 }
-_RENAMED_IN_BLOCK = {
+RENAMED_IN_BLOCK = {
     "norm1.linear": "x_block.adaLN_modulation.1",
     "norm1_context.linear": "context_block.adaLN_modulation.1",
     "attn.to_out.0": "x_block.attn.proj",
@@ -76,7 +77,7 @@ _RENAMED_IN_BLOCK = {
     "ff_context.net.0.proj": "context_block.mlp.fc1",
     "ff_context.net.2": "context_block.mlp.fc2",
 }
-_JOINED_IN_BLOCK = {
+JOINED_IN_BLOCK = {
     "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
@@ -227,10 +228,10 @@ def from_diffusers(state_dict: Mapping[str, Tensor], source: str = "this file") 
             _, index, rest = key.split(".", 2)
             blocks.setdefault(int(index), {})[rest] = tensor
             continue
-        name, suffix = (key, "") if key in _RENAMED else key.rsplit(".", 1)
-        if name not in _RENAMED:
+        name, suffix = (key, "") if key in RENAMED else key.rsplit(".", 1)
+        if name not in RENAMED:
             raise _unknown_key(source, key)
-        found[_RENAMED[name] + (f".{suffix}" if suffix else "")] = tensor
+        found[RENAMED[name] + (f".{suffix}" if suffix else "")] = tensor
     for index, tensors in blocks.items():
         for key, tensor in _block_from_diffusers(tensors, source).items():
             found[f"joint_blocks.{index}.{key}"] = tensor
@@ -245,16 +246,16 @@ def from_diffusers(state_dict: Mapping[str, Tensor], source: str = "this file") 
 
 def _block_from_diffusers(tensors: dict[str, Tensor], source: str) -> StateDict:
     found: StateDict = {}
-    for name, parts in _JOINED_IN_BLOCK.items():
+    for name, parts in JOINED_IN_BLOCK.items():
         for suffix in ("weight", "bias"):
             keys = [f"{part}.{suffix}" for part in parts]
             if all(key in tensors for key in keys):
                 found[f"{name}.{suffix}"] = torch.cat([tensors.pop(key) for key in keys])
     for key, tensor in tensors.items():
         name, suffix = key.rsplit(".", 1)
-        if name not in _RENAMED_IN_BLOCK:
+        if name not in RENAMED_IN_BLOCK:
             raise _unknown_key(source, f"transformer_blocks.*.{key}")
-        found[f"{_RENAMED_IN_BLOCK[name]}.{suffix}"] = tensor
+        found[f"{RENAMED_IN_BLOCK[name]}.{suffix}"] = tensor
     return found
 
 
@@ -316,11 +317,24 @@ def _finite(tensor: Tensor) -> bool:
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 
-def load(path: str | Path, operations: Operations = torch.nn, dtype: Any = None) -> MMDiTX:
+def load(path: str | Path, operations: Operations = nn, dtype: Any = None) -> MMDiTX:
     """An MMDiTX with the weights of a file, on the CPU, in the file's own dtype or `dtype`."""
-    tensors = diffusion_model(read_file(path)[0], f"'{Path(path).name}'")
+    tensors = diffusion_model(TensorFile(path), f"'{Path(path).name}'")
     config = checked_config(tensors, f"'{Path(path).name}'")
-    model = MMDiTX(config, operations, device="meta")
-    tensors = {key: tensors[key].to(dtype) if dtype else tensors[key] for key in model.state_dict()}
-    model.load_state_dict(tensors, assign=True)
+    return with_weights(MMDiTX(config, operations, device="meta"), tensors, dtype)
+
+
+def with_weights(model: Module, tensors: StateDict, dtype: Any) -> Module:
+    """A model made on "meta", with its checked tensors, not for training."""
+    wanted = {key: tensors[key].to(dtype) if dtype else tensors[key] for key in model.state_dict()}
+    model.load_state_dict(wanted, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def fill(model: nn.Module, tensors: StateDict, source: str, what: str) -> None:
+    """Copy weights into a model. Raises CheckpointError, with the first difference."""
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        difference = str(error).splitlines()[1:2] or [str(error)]
+        raise CheckpointError(f"'{source}' does not fit {what}: {difference[0].strip()}") from error

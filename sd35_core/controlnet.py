@@ -14,7 +14,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import StateDict, check_tensors, read_file, shapes_of
+from .checkpoint import (
+    JOINED_IN_BLOCK,
+    RENAMED,
+    RENAMED_IN_BLOCK,
+    StateDict,
+    TensorFile,
+    check_tensors,
+    shapes_of,
+    with_weights,
+)
 from .config import HEAD_WIDTH, TIMESTEP_WIDTH
 from .errors import CheckpointError
 from .layers import (
@@ -31,21 +40,7 @@ from .mmditx import MMDiTX, padded
 
 Kind = Literal["8b", "2b"]
 
-_RENAMED = {
-    "pos_embed.proj": "x_embedder.proj",
-    "pos_embed_input.proj": "pos_embed_input.proj",
-    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
-    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
-    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
-    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
-}
-_RENAMED_IN_BLOCK = {
-    "norm1.linear": "adaLN_modulation.1",
-    "attn.to_out.0": "attn.proj",
-    "ff.net.0.proj": "mlp.fc1",
-    "ff.net.2": "mlp.fc2",
-}
-_JOINED = ("attn.to_q", "attn.to_k", "attn.to_v")
+_JOINED = JOINED_IN_BLOCK["x_block.attn.qkv"]
 _OTHERS = {
     "transformer_blocks.0.attn.add_q_proj.weight": "a ControlNet for SD3 that is not Stability's "
     "(its blocks read the prompt)",
@@ -175,11 +170,12 @@ def controlnet(state_dict: Mapping[str, Tensor], source: str = "this file") -> S
         block = re.fullmatch(r"(transformer_blocks\.\d+)\.(.+)\.(weight|bias)", key)
         if block is None:
             name, _, suffix = key.rpartition(".")
-            found[f"{_RENAMED[name]}.{suffix}" if name in _RENAMED else key] = tensor
+            found[f"{RENAMED[name]}.{suffix}" if name in RENAMED else key] = tensor
         elif block[2] in _JOINED:
             split.setdefault(f"{block[1]}.attn.qkv.{block[3]}", {})[block[2]] = tensor
         else:
-            found[f"{block[1]}.{_RENAMED_IN_BLOCK.get(block[2], block[2])}.{block[3]}"] = tensor
+            name = RENAMED_IN_BLOCK.get(block[2], block[2]).removeprefix("x_block.")
+            found[f"{block[1]}.{name}.{block[3]}"] = tensor
     for key, parts in split.items():
         if len(parts) == len(_JOINED):
             found[key] = torch.cat([parts[name] for name in _JOINED])
@@ -239,8 +235,6 @@ def load_controlnet(
 ) -> ControlNetEmbedder:
     """A ControlNetEmbedder with the weights of a file, on the CPU."""
     source = f"'{Path(path).name}'"
-    tensors = controlnet(read_file(path)[0], source)
+    tensors = controlnet(TensorFile(path), source)
     model = ControlNetEmbedder(config_of(tensors, source), operations, device="meta")
-    tensors = {key: tensors[key].to(dtype) if dtype else tensors[key] for key in model.state_dict()}
-    model.load_state_dict(tensors, assign=True)
-    return model.requires_grad_(False).eval()
+    return with_weights(model, tensors, dtype)

@@ -17,6 +17,9 @@ Near = Literal["near is bright", "near is dark"]
 NEAR: tuple[Near, Near] = ("near is bright", "near is dark")
 REFERENCE_SIDE = 1024
 """The blur's radius is given in pixels of a picture with this longer side."""
+BLUR_RADIUS = 24.0
+CANNY_THRESHOLDS = (0.1, 0.2)
+"""Usual settings."""
 
 
 def rgb(picture: Tensor) -> Tensor:
@@ -38,14 +41,13 @@ def blurred(picture: Tensor, radius: float) -> Tensor:
 
     height, width = picture.shape[1:3]
     sigma = radius * max(height, width) / REFERENCE_SIDE
-    if sigma < 0.1:
-        return rgb(picture)
-    largest = min(height, width) - 1
-    reach = min(int(3 * sigma + 0.5), (largest - 1) // 2) if largest > 2 else 0
+    reach = min(int(3 * sigma + 0.5), min(height, width) // 2 - 1)
     if reach < 1:
         return rgb(picture)
-    channels_first = rgb(picture).movedim(-1, 1)
-    return gaussian_blur(channels_first, [2 * reach + 1] * 2, [sigma] * 2).movedim(1, -1)
+    found = rgb(picture).movedim(-1, 1)
+    for size in ([2 * reach + 1, 1], [1, 2 * reach + 1]):
+        found = gaussian_blur(found, size, [sigma, sigma])
+    return found.movedim(1, -1)
 
 
 def edges(picture: Tensor, low: float, high: float) -> Tensor:
@@ -77,9 +79,9 @@ def depth(picture: Tensor, normalise: bool, invert: bool) -> Tensor:
 def made_hint(picture: Tensor, control_type: str) -> Tensor:
     """The hint of a picture with usual settings; for depth the picture is the map."""
     if control_type == "blur":
-        return blurred(picture, 24)
+        return blurred(picture, BLUR_RADIUS)
     if control_type == "canny":
-        return edges(picture, 0.1, 0.2)
+        return edges(picture, *CANNY_THRESHOLDS)
     return depth(picture, normalise=True, invert=False)
 
 

@@ -39,6 +39,19 @@ def sinusoid(timestep: Tensor, width: int = TIMESTEP_WIDTH, max_period: float = 
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def grid_positions(rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """Sines and cosines of (R,) and (C,) coordinates, columns first: (1, R * C, width)."""
+
+    def axis(coordinates: Tensor) -> Tensor:
+        exponents = torch.arange(width // 4, device=rows.device) / (width // 4)
+        angles = coordinates.double()[:, None] * 10000.0 ** -exponents.double()
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    across = axis(columns).repeat(len(rows), 1)
+    down = axis(rows).repeat_interleave(len(columns), dim=0)
+    return torch.cat([across, down], dim=-1)[None].float()
+
+
 class Embedder(nn.Module):
     """Two Linear layers with SiLU between: timesteps or pooled text -> (B, hidden)."""
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .autoencoder import TinyAutoencoder
-from .checkpoint import StateDict, load, read_file, under
+from .checkpoint import TensorFile, fill, load, under
 from .controlnet import ControlNetEmbedder
-from .errors import CheckpointError
 from .guidance import SkipLayers, away_from_skipped, guided, step_of
 from .latent import CHANNELS, PIXELS, from_model
 from .mmditx import MMDiTX, Twin
 from .sampling import SAMPLERS, sigmas
-from .text_encoder import KINDS, ClipConfig, ClipTextModel, Tokenize, joined, padded
+from .text_encoder import ClipTextModel, Tokenize, encoder_configs, joined, padded
 
 BATCH = 16
 NO_SKIPPING = SkipLayers(frozenset(), 0, 0, 0)
@@ -57,13 +54,8 @@ class Pipeline:
     @classmethod
     def load(cls, path: Path, tokenize: Tokenize) -> Pipeline:
         """From a single file, in fp32. Raises CheckpointError for a file without all the parts."""
-        tensors, metadata = read_file(path)
-        encoders = {}
-        for name, config in encoder_configs(metadata, path).items():
-            encoder = ClipTextModel(config)
-            encoders[name] = filled(encoder, under(tensors, f"text_encoders.{name}.transformer."))
-        autoencoder = filled(TinyAutoencoder(), under(tensors, "first_stage_model."))
-        return cls(load(path, dtype=torch.float32), encoders, autoencoder, tokenize)
+        encoders = load_encoders(path)
+        return cls(load(path, dtype=torch.float32), encoders, load_vae(path), tokenize)
 
     @property
     def device(self) -> torch.device:
@@ -157,28 +149,26 @@ def noise_of(seed: int, size: tuple[int, int]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def encoder_configs(metadata: Mapping[str, str], path: Path) -> dict[str, ClipConfig]:
-    """How the text encoders of a small model are built, from its file's metadata."""
-    described = json.loads(metadata.get("sd35_config", "{}")).get("text_encoders", {})
-    if described.keys() != KINDS.keys():
-        raise CheckpointError(
-            f"'{path.name}' does not say in its metadata 'sd35_config' how its text encoders are "
-            f"built: it describes {', '.join(described) or 'none'}, needed are {', '.join(KINDS)}."
-        )
-    return {
-        name: kind(
-            described[name]["hidden_size"],
-            described[name]["num_attention_heads"],
-            described[name]["num_hidden_layers"],
-        )
-        for name, kind in KINDS.items()
-    }
+def load_encoders(path: Path) -> dict[str, ClipTextModel]:
+    """The text encoders of a small model's file, in fp32, not for training.
+
+    Raises CheckpointError for a file without them.
+    """
+    file, encoders = TensorFile(path), {}
+    for name, config in encoder_configs(file.metadata, path.name).items():
+        encoder = encoders[name] = ClipTextModel(config).requires_grad_(False).eval()
+        tensors = under(file, f"text_encoders.{name}.transformer.")
+        fill(encoder, tensors, path.name, f"the text encoder {name}")
+    return encoders
 
 
-Module = TypeVar("Module", bound=nn.Module)
+def load_vae(path: Path) -> TinyAutoencoder:
+    """A VAE in TAESD's layout, from a file of its own or out of a checkpoint, in fp32.
 
-
-def filled(module: Module, weights: StateDict) -> Module:
-    """The module with a file's weights, in fp32, not for training."""
-    module.load_state_dict({key: tensor.float() for key, tensor in weights.items()})
-    return module.requires_grad_(False).eval()
+    Raises CheckpointError for a file without one.
+    """
+    file = TensorFile(path)
+    tensors = under(file, "first_stage_model.") or dict(file)
+    vae = TinyAutoencoder().requires_grad_(False).eval()
+    fill(vae, tensors, path.name, "the VAE")
+    return vae

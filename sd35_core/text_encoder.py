@@ -6,7 +6,8 @@ end token, after the final norm, and for CLIP-G projected. Keys are Hugging Face
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import SettingError
+from .errors import CheckpointError, SettingError
 
 START, END = 49406, 49407
 VOCABULARY = 49408
@@ -33,6 +34,11 @@ class ClipConfig:
     projected: bool
     pad: int
 
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Width, heads and layers: what clip_l and clip_g below make a configuration of."""
+        return self.hidden_size, self.num_attention_heads, self.num_hidden_layers
+
     def described(self) -> dict[str, int | str]:
         """What a host's CLIP class needs to build the same encoder."""
         return {k: v for k, v in asdict(self).items() if k not in ("projected", "pad")}
@@ -48,6 +54,23 @@ def clip_g(width: int, heads: int, layers: int) -> ClipConfig:
 
 KINDS: dict[str, Callable[[int, int, int], ClipConfig]] = {"clip_l": clip_l, "clip_g": clip_g}
 """SD3.5's two, in the order in which their outputs are joined: (width, heads, layers) -> config."""
+
+
+def encoder_configs(metadata: Mapping[str, str], source: str) -> dict[str, ClipConfig]:
+    """How a small model's text encoders are built, from its file's metadata.
+
+    Raises CheckpointError when that says nothing of them.
+    """
+    described = json.loads(metadata.get("sd35_config", "{}")).get("text_encoders", {})
+    if described.keys() != KINDS.keys():
+        raise CheckpointError(
+            f"'{source}' does not say in its metadata 'sd35_config' how its text encoders are "
+            f"built: it describes {', '.join(described) or 'none'}, needed are "
+            f"{' and '.join(KINDS)}. Use the file as it came."
+        )
+    sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    return {name: kind(*(described[name][size] for size in sizes)) for name, kind in KINDS.items()}
+
 
 Tokenize = Callable[[str], list[int]]
 """Words -> token ids, without start, end and padding."""
@@ -156,6 +179,11 @@ class ClipTextModel(nn.Module):
         self.config = config
         self.text_model = _TextModel(config)
         self.text_projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def initialise(self) -> None:
+        """Words that are far apart and places that are near, for training."""
+        nn.init.normal_(self.text_model.embeddings.token_embedding.weight, std=0.5)
+        nn.init.normal_(self.text_model.embeddings.position_embedding.weight, std=0.1)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         hidden, last = self.text_model(tokens)

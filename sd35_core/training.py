@@ -24,20 +24,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .autoencoder import TinyAutoencoder
-from .checkpoint import StateDict, load, read_file, under, write_file
+from .checkpoint import fill, load, read_file, under, write_file
 from .config import MMDiTXConfig
 from .controlnet import CONTROL_TYPES, ControlNetConfig, ControlNetEmbedder
 from .dataset import Examples, Size, read_folder
 from .errors import SD35Error, SettingError
 from .latent import to_model
-from .layers import attention
+from .layers import attention, grid_positions
 from .mmditx import MMDiTX
-from .pipeline import Pipeline, Settings, encoder_configs
+from .pipeline import Pipeline, Settings, load_encoders, load_vae
 from .sampling import shifted
 from .text_encoder import ClipTextModel, clip_g, clip_l, joined, tokenizer
 
 log = logging.getLogger("sd35")
+
+TO_BE_TRAINED = "what is to be trained"
 
 
 @dataclass(frozen=True)
@@ -186,17 +187,6 @@ def check_controlnet(config: TrainingConfig, name: str) -> None:
         raise SettingError(f"'{name}': no samples are drawn while a ControlNet is trained.")
 
 
-def position_table(width: int, size: int) -> Tensor:
-    """Sines and cosines of row and column, (1, size * size, width)."""
-    quarter = width // 4
-    frequencies = 10000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(size, dtype=torch.float64)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], dim=-1)
-    columns = axis.repeat(size, 1)
-    rows = axis.repeat_interleave(size, dim=0)
-    return torch.cat([columns, rows], dim=-1)[None].float()
-
-
 class _RMSNorm(nn.RMSNorm):
     """In the dtype of its input, as autocast leaves it out."""
 
@@ -238,17 +228,15 @@ class Trained(nn.Module):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        size = network.config.pos_embed_max_size
-        network.pos_embed.copy_(position_table(network.config.hidden, size))
+        places = torch.arange(network.config.pos_embed_max_size)
+        network.pos_embed.copy_(grid_positions(places, places, network.config.hidden))
         for name, parameter in network.named_parameters():
             if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)
         used = self.clip_l.config.hidden_size + self.clip_g.config.hidden_size
         nn.init.normal_(network.context_embedder.weight, std=used**-0.5)
         for encoder in (self.clip_l, self.clip_g):
-            embeddings = encoder.text_model.embeddings
-            nn.init.normal_(embeddings.token_embedding.weight, std=0.5)
-            nn.init.normal_(embeddings.position_embedding.weight, std=0.1)
+            encoder.initialise()
 
     def steer(self) -> None:
         """Let the ControlNet alone learn: it begins as a copy of the base that changes nothing."""
@@ -267,13 +255,6 @@ class Trained(nn.Module):
         for silent in (*control.controlnet_blocks, control.pos_embed_input):
             for parameter in silent.parameters():
                 nn.init.zeros_(parameter)
-
-    def take_encoders(self, tensors: dict[str, Tensor]) -> None:
-        """Use the text encoders of a checkpoint as they are, without training them."""
-        for name in ("clip_l", "clip_g"):
-            encoder: ClipTextModel = getattr(self, name)
-            encoder.load_state_dict(under(tensors, f"text_encoders.{name}.transformer."))
-            encoder.requires_grad_(False)
 
     def encode(
         self, tokens_l: Tensor, tokens_g: Tensor, kept: Tensor | None = None
@@ -344,9 +325,9 @@ class Run:
     """
 
     def __init__(self, config: TrainingConfig):
-        if config.text_encoders:
-            config = with_encoders_of(config, Path(config.text_encoders))
-        self.config = config
+        encoders = load_encoders(Path(config.text_encoders)) if config.text_encoders else {}
+        sizes = {name: encoder.config.size for name, encoder in encoders.items()}
+        self.config = config = replace(config, **sizes)
         self.device = torch.device(config.device if config.device != "auto" else best_device())
         self.vae = load_vae(Path(config.vae)) if config.vae else None
         self.tokenize = tokenizer(Path(config.tokenizer)) if config.tokenizer else None
@@ -354,11 +335,11 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = Trained(config)
         self.model.initialise()
-        if config.text_encoders:
-            self.model.take_encoders(read_file(config.text_encoders)[0])
+        for name, encoder in encoders.items():
+            setattr(self.model, name, encoder)
         if config.start:
             start = load(config.start, dtype=torch.float32).state_dict()
-            fill(self.model.diffusion_model, start, config.start)
+            fill(self.model.diffusion_model, start, config.start, TO_BE_TRAINED)
         if config.controlnet:
             self.model.steer()
         self.model.to(self.device)
@@ -492,7 +473,7 @@ class Run:
             return
         tensors, metadata = read_file(self.state_file)
         self.step = int(metadata["step"])
-        fill(self.model, under(tensors, "model."), str(self.state_file))
+        fill(self.model, under(tensors, "model."), str(self.state_file), TO_BE_TRAINED)
         self.average = {k: v.to(self.device) for k, v in under(tensors, "average.").items()}
         first, second = under(tensors, "exp_avg."), under(tensors, "exp_avg_sq.")
         for name, parameter in self.learning.items():
@@ -514,6 +495,8 @@ class Run:
         """Draw the captions of `samples` in a row: samples/STEP.png."""
         from PIL import Image
 
+        if not self.config.samples:
+            return
         assert self.vae is not None and self.tokenize is not None, "read_config sees to it"
         model = self.averaged().to(self.device)
         encoders = {"clip_l": model.clip_l, "clip_g": model.clip_g}
@@ -574,13 +557,13 @@ class Run:
                 smooth = loss if smooth == 0 else 0.98 * smooth + 0.02 * loss
                 bar.update()
                 bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-                if self.step % config.save_every == 0:
+                if self.step % config.save_every == 0 and self.step < config.steps:
                     self.save()
-                    if config.samples:
-                        self.draw_samples()
+                    self.draw_samples()
         self.save()
         model_file = Path(config.output) / "model.safetensors"
         self.write_model(model_file)
+        self.draw_samples()
         log.info(f"stopped at step {self.step} of {config.steps}; wrote {model_file}")
 
 
@@ -617,36 +600,6 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def with_encoders_of(config: TrainingConfig, path: Path) -> TrainingConfig:
-    """The configuration with the sizes of a checkpoint's text encoders."""
-    _, metadata = read_file(path)
-    sizes = {
-        name: (c.hidden_size, c.num_attention_heads, c.num_hidden_layers)
-        for name, c in encoder_configs(metadata, path).items()
-    }
-    return replace(config, **sizes)
-
-
-def load_vae(path: Path) -> TinyAutoencoder:
-    """A VAE in TAESD's layout, from a file of its own or out of a checkpoint."""
-    tensors, _ = read_file(path)
-    tensors = under(tensors, "first_stage_model.") or tensors
-    vae = TinyAutoencoder()
-    fill(vae, {key: tensor.float() for key, tensor in tensors.items()}, str(path))
-    return vae.requires_grad_(False).eval()
-
-
-def fill(module: nn.Module, tensors: StateDict, source: str) -> None:
-    """Load weights. Raises SettingError, with the first difference, when they do not fit."""
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        difference = str(error).splitlines()[1:2] or [str(error)]
-        raise SettingError(
-            f"'{source}' does not fit what is to be trained: {difference[0].strip()}"
-        ) from error
 
 
 def main(arguments: list[str]) -> int:

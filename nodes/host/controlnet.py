@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import comfy.controlnet
@@ -11,24 +13,39 @@ import comfy.ldm.modules.diffusionmodules.mmdit
 import comfy.model_management
 import comfy.ops
 import comfy.utils
+import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ...sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder, config_of, controlnet
 from ...sd35_core.errors import SettingError
 from ...sd35_core.hints import NEAR, Near, rgb, vae_input
+from ...sd35_core.latent import PIXELS
+from ...sd35_core.layers import grid_positions
+from ...sd35_core.mmditx import padded
 from .loading import ModelFile
 from .network import HostMMDiTX
 
 StockMMDiT = comfy.ldm.modules.diffusionmodules.mmdit.MMDiT
-PIXELS = 8
+
+
+STABILITY, COMFYUI = "Stability AI", "ComfyUI"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where people and programs differ; the defaults are the reference's."""
+    """Where people and programs differ.
+
+    As ComfyUI: positions of an 8b ControlNet from a table of its own, the timestep in the
+    ControlNet's dtype, canny as 0 to 255, and a window that includes both its ends.
+    """
 
     near: Near = NEAR[0]
+    reference: str = STABILITY
+
+    @property
+    def as_comfyui(self) -> bool:
+        return self.reference == COMFYUI
 
 
 class SD35ControlNet(comfy.controlnet.ControlNet):
@@ -43,7 +60,7 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
             model, compression_ratio=1, latent_format=comfy.latent_formats.SD3(), **managed
         )
         self.options = options
-        self.base: Any = None
+        self.base: Base | None = None
 
     def copy(self) -> SD35ControlNet:
         other = SD35ControlNet(
@@ -63,8 +80,11 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         super().pre_run(model, percent_to_timestep_function)
-        self.base = base_of(model.diffusion_model)
+        self.base = base_of(model.diffusion_model, model.get_dtype_inference())
         check_fit(self.config, self.base)
+        if self.options.as_comfyui:
+            embed = partial(self.embed_as_comfyui, self.base.x_embedder)
+            self.base = replace(self.base, embed=embed)
 
     def cleanup(self) -> None:
         self.base = None
@@ -79,15 +99,16 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
             previous = self.previous_controlnet.get_control(
                 x_noisy, t, cond, batched_number, transformer_options
             )
-        first, last = self.timestep_range
-        if self.strength == 0 or not last < float(t[0]) <= first:
+        if self.strength == 0 or not self.acts_at(float(t[0])):
             return previous
+        assert self.base is not None, "the host calls pre_run first"
         dtype = self.manual_cast_dtype or self.control_model.dtype
         x = self.model_sampling_current.calculate_input(t, x_noisy).to(dtype)
+        timestep = self.model_sampling_current.timestep(t)
         residuals = self.control_model(
             self.base,
             x,
-            self.model_sampling_current.timestep(t).float(),
+            timestep.to(dtype) if self.options.as_comfyui else timestep.float(),
             cond["y"].to(x),
             self.hint_for(x, batched_number),
             lambda q, k, v, _: optimized_attention(
@@ -96,6 +117,23 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
         )
         spread = [residuals[layer] for layer in self.config.spread(self.base.depth)]
         return self.control_merge({"output": spread}, previous, output_dtype=None)
+
+    def acts_at(self, sigma: float) -> bool:
+        """Whether the window holds a sigma; its end is no part of it, except as ComfyUI."""
+        first, last = self.timestep_range
+        return last < sigma <= first or (self.options.as_comfyui and sigma == last)
+
+    def embed_as_comfyui(self, x_embedder: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Patches of x (B, 16, H, W) with ComfyUI's positions: the shorter side of a picture
+        reaches from 0 to 15 at every size."""
+        patch = self.config.patch_size
+        tokens = x_embedder(padded(x, patch))
+        sides = [-(-side // patch) for side in x.shape[2:]]
+        axes = []
+        for side in sides:
+            reach = 7.5 * side / min(sides)
+            axes.append(torch.linspace(7.5 - reach, 7.5 + reach, side))
+        return tokens + grid_positions(axes[0], axes[1], self.config.hidden).to(tokens)
 
     def hint_for(self, x: Tensor, chunks: int) -> Tensor:
         """The hint as latents for the rows of x; encoded once for each size."""
@@ -111,6 +149,8 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
 
     def seen_by_vae(self, hint: Tensor) -> Tensor:
         """What the VAE sees of a hint (B, H, W, 3) in 0..1."""
+        if self.options.as_comfyui and self.config.control_type == "canny":
+            return 255 * hint
         return vae_input(hint, self.config.kind, self.config.control_type, self.options.near)
 
     def encoded(self, rows: int, columns: int) -> Tensor:
@@ -137,42 +177,57 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
         return self.latent_format.process_in(latents)
 
 
-class _StockBase:
-    """The host's own SD3 model, seen as ours: what a ControlNet needs of it."""
+@dataclass(frozen=True)
+class Base:
+    """What a ControlNet needs of the model that it steers."""
 
-    def __init__(self, network: Any):
-        self.network = network
-        self.y_embedder = network.y_embedder
-        self.depth = len(network.joint_blocks)
-        self.hidden = network.x_embedder.proj.weight.shape[0]
-        self.pooled_dim = network.y_embedder.mlp[0].weight.shape[1]
-
-    def embed(self, x: Tensor) -> Tensor:
-        positions = self.network.cropped_pos_embed(x.shape[-2:], device=x.device)
-        return self.network.x_embedder(x) + positions.to(x)
+    x_embedder: Callable[[Tensor], Tensor]
+    embed: Callable[[Tensor], Tensor]
+    """Patches of a latent by the `x_embedder`, with positions."""
+    y_embedder: Callable[[Tensor], Tensor]
+    depth: int
+    hidden: int
+    pooled_dim: int
 
 
-class _OurBase:
-    def __init__(self, network: HostMMDiTX):
-        config = network.config
-        self.embed, self.y_embedder = network.embed, network.y_embedder
-        self.depth, self.hidden, self.pooled_dim = config.depth, config.hidden, config.pooled_dim
+def base_of(network: Any, dtype: torch.dtype) -> Base:
+    """Of our model or the host's own, which computes in `dtype`, whatever the ControlNet does.
 
-
-def base_of(network: Any) -> Any:
-    """What of a diffusion model a ControlNet needs. Raises SettingError for one that isn't SD3."""
+    Raises SettingError for one that isn't SD3.
+    """
     network = getattr(network, "_orig_mod", network)
+
+    def own(layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: layer(x.to(dtype)).to(x.dtype)
+
     if isinstance(network, HostMMDiTX):
-        return _OurBase(network)
-    if isinstance(network, StockMMDiT):
-        return _StockBase(network)
-    raise SettingError(
-        f"This ControlNet is for Stable Diffusion 3.5, but the model is a "
-        f"{type(network).__name__}. Use a ControlNet made for that model, or load SD3.5."
+        config = network.config
+        return Base(
+            own(network.x_embedder),
+            own(network.embed),
+            own(network.y_embedder),
+            config.depth,
+            config.hidden,
+            config.pooled_dim,
+        )
+    if not isinstance(network, StockMMDiT):
+        raise SettingError(
+            f"This ControlNet is for Stable Diffusion 3.5, but the model is a "
+            f"{type(network).__name__}. Use a ControlNet made for that model, or load SD3.5."
+        )
+
+    def embed(x: Tensor) -> Tensor:
+        positions = network.cropped_pos_embed(x.shape[-2:], device=x.device)
+        return network.x_embedder(x) + positions.to(x)
+
+    hidden, pooled_dim = network.y_embedder.mlp[0].weight.shape
+    depth = len(network.joint_blocks)
+    return Base(
+        own(network.x_embedder), own(embed), own(network.y_embedder), depth, hidden, pooled_dim
     )
 
 
-def check_fit(config: ControlNetConfig, base: Any) -> None:
+def check_fit(config: ControlNetConfig, base: Base) -> None:
     """Raise SettingError or CheckpointError unless the ControlNet was made for a base like this."""
     names = {2432: "SD3.5 Large", 1536: "SD3.5 Medium"}
     if config.hidden != base.hidden:

@@ -80,6 +80,12 @@ def path_in(folder: str, name: str) -> Path:
     return Path(path)
 
 
+def fingerprint(path: str | Path) -> tuple[str, int, int]:
+    """Path, size and time of a file: something else when the file is replaced."""
+    stat = Path(path).stat()
+    return str(path), stat.st_size, stat.st_mtime_ns
+
+
 def missing(name: str, folder: str) -> CheckpointError:
     return CheckpointError(
         f"'{name}' is not in ComfyUI's {folder} folder any more. Put it back, or choose another "

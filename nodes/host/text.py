@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from comfy.text_encoders.sd3_clip import SD3ClipModel, SD3Tokenizer, t5_xxl_dete
 
 from ...sd35_core.checkpoint import StateDict, under
 from ...sd35_core.errors import CheckpointError, SettingError
+from ...sd35_core.text_encoder import encoder_configs
 from .loading import ModelFile, read
 
 CLIP_MARK = "text_model.final_layer_norm.weight"
@@ -131,12 +131,8 @@ class TinySD3Clip(SD3ClipModel):
 
 
 def _tiny(encoders: dict[str, StateDict], file: ModelFile, disable_dynamic: bool) -> Any:
-    described = json.loads(file.metadata.get("sd35_config", "{}")).get("text_encoders", {})
-    if set(described) != {"clip_l", "clip_g"}:
-        raise CheckpointError(
-            f"'{file.path.name}' has small text encoders but its metadata 'sd35_config' does not "
-            f"describe clip_l and clip_g (seen: {sorted(described)}). Use the file as it came."
-        )
+    configs = encoder_configs(file.metadata, file.path.name)
+    described = {name: config.described() for name, config in configs.items()}
     params = {
         "clip_l": "clip_l" in encoders,
         "clip_g": "clip_g" in encoders,

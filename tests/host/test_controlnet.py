@@ -16,8 +16,8 @@ from sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder, load_cont
 from sd35_core.guidance import guided
 from sd35_core.hints import vae_input
 from sd35_core.latent import to_model
+from sd35_core.pipeline import load_vae
 from sd35_core.sampling import dpmpp_2m, sigmas
-from sd35_core.training import load_vae
 from tools.parity import weight
 
 from ..conftest import NANO
@@ -69,7 +69,9 @@ def controlled(
     """(name, **settings) -> positive and negative with the ControlNet, by our nodes."""
 
     def attach(name: str, **settings: Any) -> dict[str, Any]:
-        options = comfy.host_controlnet.Options(settings.pop("near", "near is bright"))
+        options = comfy.host_controlnet.Options(
+            settings.pop("near", "near is bright"), settings.pop("reference", "Stability AI")
+        )
         loaded = comfy.host_controlnet.controlnet_from(comfy.loading.read(files[name]), options)
         values = {
             "positive": conds.positive, "negative": conds.negative, "control_net": loaded,
@@ -138,6 +140,35 @@ def test_2b_equals_the_hosts_own(
         assert difference(found, ksampler(stock, **stock_controlled(name))) < EXACT
     else:
         assert difference(found, ksampler(stock, **stock_controlled(name))) > 1e-3
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+@pytest.mark.parametrize("case", ["square", "wide", "odd", "window", "bf16"])
+def test_the_hosts_arithmetic_can_be_chosen(
+    name: str, case: str, ours: Any, stock: Any, ksampler: Any, controlled: Any,
+    stock_controlled: Any, picture: Tensor, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Then every kind gives what the host's own loader gives on the host's own model."""
+    if case == "bf16":  # as on a GPU; the models, loaded before, stay fp32
+        import comfy.model_management as management
+
+        monkeypatch.setattr(management, "unet_dtype", lambda **_: torch.bfloat16)
+        monkeypatch.setattr(management, "unet_manual_cast", lambda *_: None)
+    shapes = {"wide": (12, 20), "odd": (15, 17)}
+    height, width = shapes.get(case, (16, 16))
+    image = picture.repeat(1, 2, 2, 1)[:, : 8 * height, : 8 * width]
+    latent = {"samples": torch.zeros(1, 16, height, width)}
+    # half of the way lies on a step of "simple", the border that the two see apart
+    sampling = {"latent": latent, "scheduler": "simple"}
+    mine = controlled(name, image=image, end=0.5 if case == "window" else 1.0, reference="ComfyUI")
+    theirs = stock_controlled(name, image=image, end_percent=0.5 if case == "window" else 1.0)
+    expected = ksampler(stock, **sampling, **theirs)
+    found = ksampler(ours, **sampling, **mine)
+    assert difference(found, expected) < (3e-2 if case == "bf16" else EXACT)
+    if case != "bf16":
+        own = controlled(name, image=image, end=0.5 if case == "window" else 1.0)
+        same = name == "depth 2b" and case != "window"
+        assert (difference(ksampler(ours, **sampling, **own), expected) < EXACT) == same
 
 
 @pytest.mark.parametrize("which", ["ours", "stock"])
@@ -388,7 +419,7 @@ def test_a_missing_vae_and_a_wrong_one_are_explained(
 
 def test_a_base_that_is_not_sd3_is_explained(comfy: SimpleNamespace) -> None:
     with pytest.raises(Exception, match="is for Stable Diffusion 3.5, but the model is a Linear"):
-        comfy.host_controlnet.base_of(torch.nn.Linear(1, 1))
+        comfy.host_controlnet.base_of(torch.nn.Linear(1, 1), torch.float32)
 
 
 def hint_of(comfy: SimpleNamespace, files: dict[str, Path], name: str, **settings: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageChops
 
 from sd35_core.autoencoder import TinyAutoencoder
-from sd35_core.training import load_vae
+from sd35_core.pipeline import load_vae
 from tools.nano.judge import Verdict, delta_e, judge, lab
 from tools.nano.pictures import emoji_folder
 from tools.nano.scenes import COLOURS, Scene, draw_scene, parse, render

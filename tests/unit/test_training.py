@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from sd35_core import training
 from sd35_core.errors import CheckpointError, SettingError
+from sd35_core.layers import grid_positions
 from sd35_core.training import (
     Run,
     Trained,
@@ -19,7 +20,6 @@ from sd35_core.training import (
     crops,
     draw_timesteps,
     flow_loss,
-    position_table,
     read_config,
 )
 
@@ -63,7 +63,7 @@ def test_a_new_model_predicts_no_velocity_and_its_blocks_are_idle(config: Traini
 
 
 def test_positions_tell_every_row_and_column_apart() -> None:
-    table = position_table(64, 6)[0].reshape(6, 6, 64)
+    table = grid_positions(torch.arange(6), torch.arange(6), 64)[0].reshape(6, 6, 64)
     assert torch.equal(table[0, :, :32], table[5, :, :32])
     assert torch.equal(table[:, 0, 32:], table[:, 5, 32:])
     tokens = table.flatten(0, 1)
@@ -231,7 +231,7 @@ def test_training_can_start_from_a_checkpoint(config: TrainingConfig, tmp_path: 
     expected = first.averaged().diffusion_model.state_dict()
     for name, tensor in second.model.diffusion_model.state_dict().items():
         assert torch.equal(tensor, expected[name].half().float()), name
-    with pytest.raises(SettingError, match=r"first.safetensors' does not fit .* to be trained"):
+    with pytest.raises(CheckpointError, match=r"first.safetensors' does not fit .* to be trained"):
         Run(replace(config, start=str(file), depth=3))
 
 
@@ -239,7 +239,7 @@ def test_a_state_that_does_not_fit_is_refused(config: TrainingConfig, tmp_path: 
     run = Run(replace(config, output=str(tmp_path)))
     run.save()
     other = Run(replace(config, output=str(tmp_path), depth=3))
-    with pytest.raises(SettingError, match=r"state.safetensors' does not fit"):
+    with pytest.raises(CheckpointError, match=r"state.safetensors' does not fit"):
         other.resume()
 
 

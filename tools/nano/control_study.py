@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sd35_core.controlnet import CONTROL_TYPES, load_controlnet
 from sd35_core.dataset import encoded_hint
-from sd35_core.hints import edges
+from sd35_core.hints import CANNY_THRESHOLDS, edges
 from sd35_core.latent import to_model
 from sd35_core.pipeline import Pipeline, Settings
 
@@ -38,7 +38,7 @@ NEAR = 8.0
 
 def edge_map(pictures: Tensor) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 1, H, W), 1 on an edge."""
-    return edges(pictures.float() / 255, 0.1, 0.2)[..., :1].permute(0, 3, 1, 2)
+    return edges(pictures.float() / 255, *CANNY_THRESHOLDS)[..., :1].permute(0, 3, 1, 2)
 
 
 def edge_f1(found: Tensor, wanted: Tensor) -> float:

@@ -16,8 +16,8 @@ from sd35_core.checkpoint import write_file
 from sd35_core.controlnet import CONTROL_TYPES
 from sd35_core.dataset import Size, encoded, encoded_hint, tokens_of
 from sd35_core.hints import made_hint, vae_input
+from sd35_core.pipeline import load_vae
 from sd35_core.text_encoder import Tokenize, tokenizer
-from sd35_core.training import load_vae
 from tools import host
 
 from .pictures import emoji_folder, nano_folder
@@ -112,7 +112,7 @@ def main() -> None:
     emoji_folder()
     tokenize = clip_tokenizer()
     if options.controls:
-        tensors = examples(options.vae, tokenize, 12_288, 400_000, controls=True)
+        tensors = examples(options.vae, tokenize, 6_144, 400_000, controls=True)
         hints = {kind: tensors.pop(kind) for kind in CONTROL_TYPES}
         for kind, values in hints.items():
             write(kind, {**tensors, "hints": values}, 400_000)

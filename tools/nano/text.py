@@ -69,9 +69,7 @@ class Reader(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.tell = nn.Linear(encoder.config.hidden_size, len(described(draw_scene(0))))
-        embeddings = encoder.text_model.embeddings
-        nn.init.normal_(embeddings.token_embedding.weight, std=0.5)
-        nn.init.normal_(embeddings.position_embedding.weight, std=0.1)
+        encoder.initialise()
 
     def forward(self, tokens: Tensor) -> Tensor:
         _, pooled = self.encoder(tokens)
