@@ -7,7 +7,7 @@ ComfyUI's (a single file that also holds text encoders and VAE) and diffusers'.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from .config import MMDiTXConfig, Shapes, config_from_shapes
 from .errors import CheckpointError
 from .layers import Operations
 from .mmditx import MMDiTX
+from .packing import VQ2, PackedOperations, check_packed, is_packed, packed_under
 
 StateDict = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
@@ -47,7 +48,9 @@ DIFFUSERS_MARK = "transformer_blocks.0.attn.add_q_proj.weight"
 CONTROLNET_MARKS = ("controlnet_blocks.0.weight", "pos_embed_input.proj.weight")
 OTHER_MODELS = ("first_stage_model.", "text_encoders.", "cond_stage_model.")
 VAE_MARKS = ("decoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight")
-QUANTIZATION_SUFFIXES = (".weight_scale", ".input_scale", ".comfy_quant", ".scale_weight")
+QUANTIZATION_SUFFIXES = (
+    ".weight_scale", ".weight_codebook", ".input_scale", ".comfy_quant", ".scale_weight"
+)  # fmt: skip
 
 RENAMED = {
     "pos_embed.pos_embed": "pos_embed",
@@ -302,6 +305,10 @@ def check_tensors(
                 f"{source}: '{key}' has shape {list(seen)}, expected {list(shape)} in a "
                 f"{what}. The file mixes two models or is damaged; use the original."
             )
+    for layer in packed:
+        entries = packed_under(state_dict, f"{layer}.")
+        if entries and VQ2.encode() in bytes(entries["comfy_quant"].tolist()):
+            check_packed(entries, expected[f"{layer}.weight"], layer)
     for key in expected:
         if not _finite(state_dict[key]):
             raise CheckpointError(
@@ -317,18 +324,39 @@ def _finite(tensor: Tensor) -> bool:
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 
-def load(path: str | Path, operations: Operations = nn, dtype: Any = None) -> MMDiTX:
-    """An MMDiTX with the weights of a file, on the CPU, in the file's own dtype or `dtype`."""
+def load(path: str | Path, operations: Operations | None = None, dtype: Any = None) -> MMDiTX:
+    """An MMDiTX with the weights of a file, on the CPU, in the file's own dtype or `dtype`.
+
+    Packed layers stay packed, in layers of PackedOperations unless others are given.
+    """
     tensors = diffusion_model(TensorFile(path), f"'{Path(path).name}'")
     config = checked_config(tensors, f"'{Path(path).name}'")
+    operations = operations or operations_for(tensors)
     return with_weights(MMDiTX(config, operations, device="meta"), tensors, dtype)
+
+
+def operations_for(tensors: Mapping[str, Tensor]) -> Operations:
+    """torch's own layers, or those for packed weights where some are."""
+    return PackedOperations if is_packed(tensors) else nn
 
 
 def with_weights(model: Module, tensors: StateDict, dtype: Any) -> Module:
     """A model made on "meta", with its checked tensors, not for training."""
-    wanted = {key: tensors[key].to(dtype) if dtype else tensors[key] for key in model.state_dict()}
+    wanted = weights_for(model.state_dict(), tensors, dtype)
     model.load_state_dict(wanted, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def weights_for(known: Iterable[str], tensors: StateDict, dtype: Any) -> StateDict:
+    """The tensors whose keys a model knows, in `dtype`, and packed layers as they are."""
+    known, wanted = set(known), {}
+    for key, tensor in tensors.items():
+        layer, _, name = key.rpartition(".")
+        if f"{layer}.comfy_quant" in tensors and name != "bias":
+            wanted[key] = tensor
+        elif key in known:
+            wanted[key] = tensor.to(dtype) if dtype else tensor
+    return wanted
 
 
 def fill(model: nn.Module, tensors: StateDict, source: str, what: str) -> None:

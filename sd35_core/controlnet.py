@@ -21,6 +21,7 @@ from .checkpoint import (
     StateDict,
     TensorFile,
     check_tensors,
+    operations_for,
     shapes_of,
     with_weights,
 )
@@ -137,18 +138,24 @@ class ControlNetEmbedder(nn.Module):
         x: (B, 16, H, W), timestep: (B,) in 0..1000, y: (B, base's pooled_dim), hint: (B or 1, 16,
         H, W), on the model's scale.
         """
+        start, c = self.start(base, x, timestep, y, hint)
+        x, residuals = start, []
+        for block, out in zip(self.transformer_blocks, self.controlnet_blocks):
+            x = block(start if self.config.kind == "2b" else x, c, attend)
+            residuals.append(out(x))
+        return residuals
+
+    def start(
+        self, base: MMDiTX, x: Tensor, timestep: Tensor, y: Tensor, hint: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the first block reads: image (B, N, hidden) and c (B, hidden)."""
         patch = self.config.patch_size
         if self.config.kind == "8b":
             tokens = base.embed(x)
         else:
             tokens, y = self.x_embedder(padded(x, patch)), base.y_embedder(y)
-        start = x = tokens + self.pos_embed_input(padded(hint, patch))
-        c = self.t_embedder(sinusoid(timestep).to(x.dtype)) + self.y_embedder(y)
-        residuals = []
-        for block, out in zip(self.transformer_blocks, self.controlnet_blocks):
-            x = block(start if self.config.kind == "2b" else x, c, attend)
-            residuals.append(out(x))
-        return residuals
+        tokens = tokens + self.pos_embed_input(padded(hint, patch))
+        return tokens, self.t_embedder(sinusoid(timestep).to(x.dtype)) + self.y_embedder(y)
 
 
 def controlnet(state_dict: Mapping[str, Tensor], source: str = "this file") -> StateDict:
@@ -231,10 +238,11 @@ def _control_type(state_dict: Mapping[str, Tensor], source: str) -> str | None:
 
 
 def load_controlnet(
-    path: str | Path, operations: Operations = nn, dtype: Any = None
+    path: str | Path, operations: Operations | None = None, dtype: Any = None
 ) -> ControlNetEmbedder:
     """A ControlNetEmbedder with the weights of a file, on the CPU."""
     source = f"'{Path(path).name}'"
     tensors = controlnet(TensorFile(path), source)
+    operations = operations or operations_for(tensors)
     model = ControlNetEmbedder(config_of(tensors, source), operations, device="meta")
     return with_weights(model, tensors, dtype)

@@ -115,9 +115,7 @@ class MMDiTX(nn.Module):
         Raises SettingError for a latent larger than the position table.
         """
         height, width = x.shape[-2:]
-        x = self.embed(x, positions)
-        c = self.t_embedder(sinusoid(timestep).to(x.dtype)) + self.y_embedder(y)
-        context = self.context_embedder(context)
+        context, x, c = self.start(x, timestep, context, y, positions)
         rows = _Rows(len(x), twins, self.config.depth)
         context, x, c = (rows.leading(tensor) for tensor in (context, x, c))
         for i, block in enumerate(self.joint_blocks):
@@ -128,6 +126,14 @@ class MMDiTX(nn.Module):
         x, c = rows.join(self.config.depth, x, c)
         x = self.final_layer(rows.ordered(x), rows.ordered(c))
         return self.unpatchify(x, height, width)
+
+    def start(
+        self, x: Tensor, timestep: Tensor, context: Tensor, y: Tensor, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the first block reads: text (B, L, hidden), image (B, N, hidden), c (B, hidden)."""
+        x = self.embed(x, positions)
+        c = self.t_embedder(sinusoid(timestep).to(x.dtype)) + self.y_embedder(y)
+        return self.context_embedder(context), x, c
 
     def embed(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Latent (B, 16, H, W) -> tokens with their positions, (B, N, hidden)."""

@@ -1,0 +1,293 @@
+"""Quantize a model or a ControlNet to 8 or 2 bits a weight.
+
+    python -m sd35_core.quantization FILE.safetensors --bits 2 [--prompts PROMPTS.txt]
+
+writes a file beside it that SD35Loader or SD35ControlNetLoader takes as any other, and says what
+it costs: the error of each layer's output and the size before and after. 2 bits need calibration
+with prompts to be of use; on the command line that works for models that hold their text encoders
+and VAE (the small one); the node SD35Quantize does it for every model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .calibration import Moments, moments_of, recorded
+from .checkpoint import (
+    CONTROLNET_MARKS,
+    MARK,
+    OTHER_MODELS,
+    PREFIXES,
+    StateDict,
+    TensorFile,
+    checked_config,
+    diffusion_model,
+    write_file,
+)
+from .controlnet import config_of, controlnet
+from .errors import SD35Error, SettingError
+from .packing import FP8, INT8, VERSION, VQ2, is_packed, pack, unpack
+from .pipeline import Pipeline, Settings
+from .text_encoder import tokenizer
+
+log = logging.getLogger("sd35")
+
+PRECISE = {
+    r"x_embedder\.": "the only way in for the picture; 0.1 % of the weights",
+    r"pos_embed": "places of patches; neither a product nor large",
+    r"t_embedder\.": "noise level; every block depends on it",
+    r"y_embedder\.": "pooled text; every block depends on it",
+    r"context_embedder\.": "the only way in for the prompt",
+    r"final_layer\.": "the only way out",
+}
+"""Layers that are never packed, by their names, and why."""
+EIGHT_AT_LEAST = {
+    r"adaLN_modulation\.": "scales, shifts and gates act on every token",
+    r"controlnet_blocks\.": "a ControlNet's last product; at 2 bits a third of it is error",
+}
+"""Layers that a 2-bit file keeps at 8 bits, and why."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the layers of a file become; `eight` is the format of those with 8 bits."""
+
+    bits: int = 8
+    eight: str = INT8
+    modulation_bits: int = 8
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 8) or self.modulation_bits not in (2, 8):
+            raise SettingError(
+                f"bits is {self.bits} and modulation bits is {self.modulation_bits}; "
+                "each can be 8 or 2."
+            )
+        if self.eight not in (INT8, FP8):
+            raise SettingError(f"The 8-bit format is '{self.eight}'; known are {INT8} and {FP8}.")
+
+    def format_of(self, name: str, weight: Tensor) -> str | None:
+        """A format for the tensor `name` (a key of Stability's), or None: it stays as it is."""
+        if weight.ndim != 2 or not name.endswith(".weight"):
+            return None
+        if any(re.match(pattern, name) for pattern in PRECISE):
+            return None
+        if self.bits == 8 or re.search(r"controlnet_blocks\.", name):
+            return self.eight
+        if "adaLN_modulation" in name:
+            return VQ2 if self.modulation_bits == 2 else self.eight
+        return VQ2
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What became of a layer. error: relative root mean square of its output on the calibration's
+    inputs; without calibration of its weight."""
+
+    name: str
+    form: str
+    error: float
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a file, in bytes."""
+
+    plan: Plan
+    calibrated: bool
+    layers: list[Layer]
+    before: int
+    after: int
+
+    def text(self, most: int = 5) -> str:
+        """For people: the whole, each kind of layer, and the layers with the largest errors."""
+        how = "calibrated" if self.calibrated else "without calibration"
+        lines = [
+            f"{self.plan.bits} bits ({how}): {self.before / 1e6:,.1f} MB -> "
+            f"{self.after / 1e6:,.1f} MB, {self.after / self.before:.1%}."
+        ]
+        kinds: dict[tuple[str, str], list[float]] = {}
+        for layer in self.layers:
+            kind = re.sub(r"^.*?\.\d+\.", "", layer.name).removesuffix(".weight")
+            kinds.setdefault((kind, layer.form), []).append(layer.error)
+        what = "output" if self.calibrated else "weights"
+        lines += [
+            f"{kind} ({form}): error of the {what} {sum(e) / len(e):.4f}, largest {max(e):.4f}"
+            for (kind, form), e in kinds.items()
+        ]
+        worst = sorted(self.layers, key=lambda layer: -layer.error)[:most]
+        lines.append(
+            "Largest: " + ", ".join(f"{layer.name} {layer.error:.4f}" for layer in worst) + "."
+        )
+        return "\n".join(lines)
+
+
+Done = Callable[[int, int], object]
+
+
+def quantized(
+    tensors: Mapping[str, Tensor],
+    plan: Plan,
+    moments: Iterable[Moments] | None = None,
+    on_layer: Done = lambda done, total: None,
+) -> tuple[StateDict, Report]:
+    """Pack the tensors of a model or a ControlNet (Stability's keys, no prefix).
+
+    moments: the layers' second moments, block by block, as `moments_of` gives them. `on_layer`
+    hears how many layers are done, and may raise to stop. Raises SettingError for a model that is
+    packed already or does not fit.
+    """
+    if is_packed(tensors) or any(t.dtype.itemsize == 1 for t in _weights(tensors)):
+        raise SettingError(
+            "This model is quantized already; quantizing it again would add up the errors. "
+            "Start from the original file."
+        )
+    forms = {k: f for k, t in tensors.items() if (f := plan.format_of(k, t)) is not None}
+    found: StateDict = {}
+    layers: list[Layer] = []
+
+    def take(key: str, second: Tensor | None) -> None:
+        weight = tensors[key]
+        packed = pack(weight, forms[key], second)
+        prefix = key.removesuffix("weight")
+        found.update({prefix + name: tensor.cpu() for name, tensor in packed.items()})
+        error = relative_error(weight, unpack(packed, forms[key], torch.float32), second)
+        layers.append(Layer(key, forms[key], error, _bytes([weight]), _bytes(packed.values())))
+        on_layer(len(layers), len(forms))
+
+    for block in moments or ():
+        for key, second in block.items():
+            if key in forms:
+                take(key, second)
+    taken = {layer.name for layer in layers}
+    for key in forms:
+        if key not in taken:
+            take(key, None)
+    for key, tensor in tensors.items():
+        if key not in forms:
+            found[key] = tensor
+    before = _bytes(tensors.values())
+    report = Report(plan, moments is not None, layers, before, _bytes(found.values()))
+    return found, report
+
+
+def _weights(tensors: Mapping[str, Tensor]) -> Iterable[Tensor]:
+    return (t for k, t in tensors.items() if k.endswith(".weight"))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def relative_error(weight: Tensor, other: Tensor, moments: Tensor | None = None) -> float:
+    """Root mean square of (other - weight) x over that of weight x; without moments of x, of
+    independent inputs."""
+    weight = weight.float()
+    difference = other.to(weight) - weight
+    if moments is None:
+        return float(difference.norm() / weight.norm().clamp(min=1e-30))
+    moments = moments.to(weight)
+    lost, whole = ((w @ moments * w).sum() for w in (difference, weight))
+    return float((lost / whole.clamp(min=1e-30)).clamp(min=0).sqrt())
+
+
+def output_path(path: Path, plan: Plan, calibrated: bool) -> Path:
+    """Beside the original, with what it is in its name."""
+    if plan.bits == 8:
+        words = "int8" if plan.eight == INT8 else "fp8"
+    else:
+        words = f"2bit_adaln{plan.modulation_bits}" + ("" if calibrated else "_datafree")
+    return path.with_name(f"{path.stem}_{words}.safetensors")
+
+
+def quantize_file(
+    path: Path,
+    plan: Plan,
+    moments: Iterable[Moments] | None = None,
+    on_layer: Done = lambda done, total: None,
+    out: Path | None = None,
+) -> tuple[Path, Report]:
+    """Quantize the diffusion model or the ControlNet in a file and write it, as one whole.
+
+    What else the file holds (text encoders, VAE) is written as it is. Raises CheckpointError or
+    SettingError; the original and an older file of the same name are then as they were.
+    """
+    file, source = TensorFile(path), f"'{path.name}'"
+    prefix = next((p for p in PREFIXES if p + MARK in file), "")
+    if CONTROLNET_MARKS[1] in file:
+        tensors = controlnet(file, source)
+        config_of(tensors, source)
+    else:
+        tensors = diffusion_model(file, source)
+        checked_config(tensors, source)
+    packed, report = quantized(tensors, plan, moments, on_layer)
+    others = [k for k in file if k.startswith(OTHER_MODELS) or not k.startswith(prefix)]
+    whole = {prefix + key: tensor for key, tensor in packed.items()}
+    whole |= {key: file[key] for key in others}
+    about = {**asdict(plan), "calibrated": report.calibrated, "version": VERSION}
+    out = out or output_path(path, plan, report.calibrated)
+    write_file(out, whole, {**file.metadata, "sd35_quantization": about})
+    return out, report
+
+
+def calibrated(pipeline: Pipeline, prompts: list[str]) -> Iterable[Moments]:
+    """The moments of a small model's layers while it draws prompts."""
+    with recorded(pipeline.network) as calls:
+        pipeline.draw(prompts, list(range(len(prompts))), Settings(steps=12))
+    return moments_of(pipeline.network, calls.chosen(), pipeline.device)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--out", type=Path, help="default: beside the file")
+    parser.add_argument("--bits", type=int, choices=(8, 2), default=8)
+    parser.add_argument("--eight", choices=(INT8, FP8), default=INT8, help="the 8-bit format")
+    parser.add_argument(
+        "--modulation-bits", type=int, choices=(8, 2), default=8, help="of adaLN, in a 2-bit file"
+    )
+    parser.add_argument("--prompts", type=Path, help="captions to calibrate with, one a line")
+    parser.add_argument("--tokenizer", type=Path, help="CLIP's; ComfyUI's comfy/sd1_tokenizer")
+    options = parser.parse_args(arguments)
+    try:
+        plan = Plan(options.bits, options.eight, options.modulation_bits)
+        moments = None
+        if options.prompts is not None:
+            if options.tokenizer is None:
+                raise SettingError("--prompts needs --tokenizer, a folder with CLIP's tokenizer.")
+            lines = options.prompts.read_text(encoding="utf-8").splitlines()
+            pipeline = Pipeline.load(options.file, tokenizer(options.tokenizer))
+            moments = calibrated(pipeline, [line for line in lines if line.strip()])
+        out, report = quantize_file(options.file, plan, moments, _progress(), options.out)
+    except (SD35Error, OSError) as error:
+        log.error(str(error))
+        return 1
+    log.info(f"{report.text()}\nWrote {out}")
+    return 0
+
+
+def _progress() -> Done:
+    from tqdm import tqdm
+
+    bar = tqdm(unit="layer")
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return show
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""8-bit and 2-bit weights: formats, layers, calibration, files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sd35_core import packing, quantization
+from sd35_core.calibration import TOKENS, gathered, moments_of, recorded
+from sd35_core.checkpoint import TensorFile, load
+from sd35_core.config import MMDiTXConfig
+from sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder, load_controlnet
+from sd35_core.errors import CheckpointError, SettingError
+from sd35_core.packing import FP8, INT8, VQ2, NativeLinear, PackedLinear, pack, unpack
+from sd35_core.quantization import Plan, quantize_file, relative_error
+
+from .models import random_inputs, random_model, random_weights
+
+SMALL = MMDiTXConfig(
+    depth=2, hidden=128, context_dim=96, pooled_dim=40, pos_embed_max_size=16, qk_norm=True,
+    dual_blocks=(0,),
+)  # fmt: skip
+
+
+@pytest.fixture
+def weight() -> Tensor:
+    return 0.02 * torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def moments() -> Tensor:
+    """Of correlated inputs, as layers see them."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4096, 64, generator=generator) @ torch.randn(64, 512, generator=generator)
+    x = x + 0.3 * torch.randn(4096, 512, generator=generator)
+    return x.T @ x / len(x)
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    tensors = {f"model.diffusion_model.{k}": t.half() for k, t in random_weights(SMALL).items()}
+    tensors["first_stage_model.something"] = torch.arange(4.0)
+    save_file(tensors, path, metadata={"title": "tiny"})
+    return path
+
+
+def bits(packed: dict[str, Tensor], weight: Tensor) -> float:
+    return 8 * sum(t.numel() * t.element_size() for t in packed.values()) / weight.numel()
+
+
+@pytest.mark.parametrize(("form", "most"), [(INT8, 0.009), (FP8, 0.03), (VQ2, 0.33)])
+def test_a_format_keeps_what_its_bits_allow(form: str, most: float, weight: Tensor) -> None:
+    packed = pack(weight, form)
+    error = relative_error(weight, unpack(packed, form, torch.float32))
+    assert most / 3 < error < most
+    again = pack(weight, form)
+    assert all(torch.equal(packed[k].float(), again[k].float()) for k in packed)
+
+
+def test_2_bits_take_2_and_a_bit() -> None:
+    weight = torch.randn(1536, 1536, generator=torch.Generator().manual_seed(0))
+    assert 2.12 < bits(pack(weight, VQ2), weight) < 2.14
+
+
+def test_calibration_lowers_the_error_of_the_output(weight: Tensor, moments: Tensor) -> None:
+    free = unpack(pack(weight, VQ2), VQ2, torch.float32)
+    packed = pack(weight, VQ2, moments)
+    calibrated = unpack(packed, VQ2, torch.float32)
+    assert relative_error(weight, calibrated, moments) < 0.5 * relative_error(weight, free, moments)
+    assert packed["weight"].dtype == torch.uint8 and packed["weight"].shape == (256, 128)
+
+
+def test_relative_error_is_that_of_outputs(weight: Tensor) -> None:
+    x = torch.randn(1000, 512, generator=torch.Generator().manual_seed(2))
+    other = weight + 0.001 * torch.randn(256, 512, generator=torch.Generator().manual_seed(3))
+    expected = (x @ (other - weight).T).norm() / (x @ weight.T).norm()
+    found = relative_error(weight, other, x.T @ x / len(x))
+    assert found == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_gptq_equals_nearest_entries_where_inputs_are_independent(weight: Tensor) -> None:
+    """With moments that are the identity there is no error to take over."""
+    free, calibrated = pack(weight, VQ2), pack(weight, VQ2, torch.eye(512))
+    assert torch.equal(free["weight"], calibrated["weight"])
+
+
+def test_rows_of_zeros_stay_zero(weight: Tensor) -> None:
+    weight[3] = 0
+    for form in packing.FORMATS:
+        assert unpack(pack(weight, form), form, torch.float32)[3].abs().max() < 1e-6
+
+
+def test_a_width_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(SettingError, match="192 inputs, which are no multiple of 128"):
+        pack(torch.randn(64, 192), VQ2)
+
+
+@pytest.mark.parametrize("form", packing.FORMATS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_packed_layer_is_a_linear_layer_with_its_weight(
+    form: str, bias: bool, weight: Tensor
+) -> None:
+    layer = PackedLinear(512, 256, bias=bias, device="meta")
+    state = dict(pack(weight, form))
+    if bias:
+        state["bias"] = torch.randn(256)
+    layer.load_state_dict(state, assign=True)
+    x = torch.randn(2, 5, 512)
+    expected = F.linear(x, unpack(state, form, torch.float32), state.get("bias"))
+    assert torch.equal(layer(x), expected)
+    assert layer.state_dict().keys() == state.keys()
+
+
+def test_the_processors_int8_product_is_near(weight: Tensor) -> None:
+    layer = NativeLinear(512, 256, bias=False, device="meta")
+    layer.load_state_dict(pack(weight, INT8), assign=True)
+    x = torch.randn(2, 20, 512)
+    expected = F.linear(x, weight)
+    assert (layer(x) - expected).norm() / expected.norm() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weight": torch.zeros(256, 100, dtype=torch.uint8)}, r"weight of shape \[256, 100\]"),
+        ({"weight_codebook": None}, "weight_codebook missing"),
+        ({"weight_scale": torch.full((256, 4), torch.nan)}, "scales that are NaN"),
+        ({"comfy_quant": {"format": "int3"}}, "packed as int3, version 1"),
+        ({"comfy_quant": {"format": INT8, "convrot": True}}, "int8_tensorwise with convrot"),
+        ({"comfy_quant": {"format": VQ2, "version": 2}}, "version 2. Known here are"),
+        ({"comfy_quant": {}}, "does not say how it is packed"),
+        ({"comfy_quant": None}, "size mismatch"),
+    ],
+)
+def test_a_damaged_layer_is_refused(change: dict, words: str, weight: Tensor) -> None:
+    state = {**pack(weight, VQ2), **change}
+    if isinstance(state["comfy_quant"], dict):
+        text = json.dumps(state["comfy_quant"]).encode()
+        state["comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+    state = {k: t for k, t in state.items() if t is not None}
+    layer = PackedLinear(512, 256, bias=False, device="meta")
+    with pytest.raises((CheckpointError, RuntimeError), match=words):
+        layer.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize("values", [(3, INT8, 8), (8, "int4", 8), (2, INT8, 4)])
+def test_a_plan_that_does_not_exist_is_refused(values: tuple[int, str, int]) -> None:
+    with pytest.raises(SettingError):
+        Plan(*values)
+
+
+@pytest.mark.parametrize(
+    ("plan", "share"),
+    [(Plan(8), 0.6), (Plan(8, FP8), 0.6), (Plan(2), 0.45), (Plan(2, INT8, 2), 0.35)],
+)
+def test_a_file_is_packed_and_loads(plan: Plan, share: float, model_file: Path) -> None:
+    out, report = quantize_file(model_file, plan)
+    assert report.after / report.before < share
+    file = TensorFile(out)
+    assert file.metadata["title"] == "tiny" and "sd35_quantization" in file.metadata
+    assert torch.equal(file["first_stage_model.something"], torch.arange(4.0))
+    full, small = load(model_file, dtype=torch.float32), load(out, dtype=torch.float32)
+    inputs = random_inputs(SMALL)
+    with torch.no_grad():
+        a, b = full(*inputs).flatten(), small(*inputs).flatten()
+    assert torch.cosine_similarity(a, b, dim=0) > (0.999 if plan.bits == 8 else 0.7)
+    packed = {k.rsplit(".", 1)[0] for k in file if k.endswith(".comfy_quant")}
+    prefix = "model.diffusion_model."
+    precise = ("x_embedder", "t_embedder", "y_embedder", "context_embedder", "final_layer")
+    assert packed and not any(
+        name.startswith(tuple(prefix + p for p in precise)) for name in packed
+    )
+
+
+def test_a_controlnet_keeps_its_last_products_at_8_bits(tmp_path: Path) -> None:
+    config = ControlNetConfig("2b", 2, 128, 128)
+    torch.manual_seed(0)
+    control = ControlNetEmbedder(config)
+    tensors = {**control.state_dict(), "control_type": torch.tensor([2], dtype=torch.int32)}
+    path = tmp_path / "control.safetensors"
+    save_file(tensors, path)
+    out, report = quantize_file(path, Plan(2))
+    forms = {layer.name: layer.form for layer in report.layers}
+    assert forms["controlnet_blocks.0.weight"] == INT8
+    assert forms["transformer_blocks.1.mlp.fc1.weight"] == VQ2
+    assert load_controlnet(out).config.control_type == "depth"
+
+
+def test_moments_are_those_of_a_whole_run() -> None:
+    network, inputs = random_model(SMALL), random_inputs(SMALL)
+    with recorded(network) as calls, gathered(network, "") as expected:
+        network(*inputs)
+    found = {}
+    for block in moments_of(network, [calls[0]], torch.device("cpu")):
+        found |= block
+    assert len(found) == 19
+    for key, moment in found.items():
+        assert torch.allclose(moment, expected[f".{key}"], rtol=1e-4, atol=1e-6), key
+
+
+def test_recorded_calls_are_thinned_to_rows_from_the_whole_run() -> None:
+    network = random_model(SMALL)
+    with recorded(network) as calls, torch.no_grad():
+        for step in range(40):
+            x, _, context, y = random_inputs(SMALL, batch=8, seed=step)
+            network(x, torch.full((8,), float(step)), context, y)
+    chosen = calls.chosen()
+    steps = [float(call.timestep[0]) for call in chosen]
+    assert steps == sorted(steps) and steps[0] == 0 and steps[-1] >= 38
+    tokens = sum(call.x.shape[0] * 24 for call in chosen)
+    assert tokens <= TOKENS * 1.1 and all(len(call.x) == len(call.y) for call in chosen)
+
+
+def test_calibration_helps_the_whole_model(model_file: Path) -> None:
+    network, inputs = load(model_file, dtype=torch.float32), random_inputs(SMALL, batch=64)
+    with recorded(network) as calls, torch.no_grad():
+        expected = network(*inputs)
+    moments = moments_of(network, calls.chosen(), torch.device("cpu"))
+    errors = []
+    for given in (None, moments):
+        out, report = quantize_file(model_file, Plan(2), given)
+        assert ("datafree" in out.name) == (given is None) != report.calibrated
+        with torch.no_grad():
+            errors.append(float((load(out, dtype=torch.float32)(*inputs) - expected).norm()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_nothing_is_written_when_it_is_stopped_or_quantized_twice(model_file: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    before = set(model_file.parent.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        quantize_file(model_file, Plan(2), on_layer=stop)
+    assert set(model_file.parent.iterdir()) == before
+    out, _ = quantize_file(model_file, Plan(8))
+    with pytest.raises(SettingError, match="quantized already"):
+        quantize_file(out, Plan(2))
+
+
+def test_the_command_line_writes_beside_the_file(
+    model_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "sd35")
+    assert quantization.main([str(model_file), "--bits", "2"]) == 0
+    assert (model_file.parent / "model_2bit_adaln8_datafree.safetensors").is_file()
+    assert "2 bits (without calibration)" in caplog.text
+    assert quantization.main([str(model_file.with_name("gone.safetensors"))]) == 1
+    assert "gone.safetensors" in caplog.text
+    assert load_file(model_file)
