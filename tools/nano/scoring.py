@@ -24,6 +24,7 @@ from .scenes import Scene, draw_scene, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models/nano"
+MODEL_FILE = MODEL / "sd35_nano.safetensors"
 FIRST_SEED = 1_000_000
 """Scenes for scoring begin here, far from those for training; they are held out besides."""
 
@@ -85,7 +86,9 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python tools/score.py")
     parser.add_argument("--captions", type=Path, help="a text file, one caption a line")
     parser.add_argument("--count", type=int, default=200, help="how many, without --captions")
-    parser.add_argument("--model", type=Path, default=MODEL, help="a file, or a folder with one")
+    parser.add_argument(
+        "--model", type=Path, default=MODEL_FILE, help="a file, or a folder with one"
+    )
     parser.add_argument("--cfg", type=float, default=Settings.cfg)
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--shift", type=float, default=Settings.shift)
