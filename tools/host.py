@@ -45,6 +45,7 @@ TEST_TOOLS = [
     "ruff==0.17.5",
     "pyright[nodejs]==1.1.414",
     "playwright==1.65.2",
+    "gguf==0.19.0",
 ]
 NOT_NEEDED = ("comfyui-workflow-templates",)
 START_SECONDS = 300
@@ -284,6 +285,9 @@ class Server:
             command.append("--cpu")
         if self.alone:
             link_pack(self.base / "custom_nodes")
+            shutil.copytree(
+                self.host.folder / "input", self.base / "input", dirs_exist_ok=True
+            )  # the picture that ComfyUI comes with, which workflows may name
             return [*command, "--base-directory", str(self.base), *self.arguments]
         installed = self.host.folder / "custom_nodes"
         if not any(p.resolve() == PACK for p in installed.glob("*")):
