@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .controlnet import SD35ControlHint, SD35ControlNetApply, SD35ControlNetLoader
 from .guidance import SkipLayerGuidance
 from .loader import SD35Loader
+from .quantize import SD35Quantize
 from .sampler import SD35Sampler, SD35Sigmas
 
 
@@ -22,4 +23,5 @@ class SD35Extension(ComfyExtension):
             SD35ControlNetLoader,
             SD35ControlNetApply,
             SD35ControlHint,
+            SD35Quantize,
         ]

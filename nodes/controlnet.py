@@ -12,6 +12,7 @@ from ..sd35_core.errors import SettingError
 from .host import files
 from .host.controlnet import COMFYUI, STABILITY, Options, SD35ControlNet, controlnet_from
 from .host.loading import read
+from .host.packed import described
 from .host.report import tell
 
 NEAR = list(hints.NEAR)
@@ -73,7 +74,7 @@ class SD35ControlNetLoader(io.ComfyNode):
         config = loaded.config
         tell(
             f"{config.control_type or 'unknown kind of'} ControlNet ({config.kind}), "
-            f"{config.layers} layers of width {config.hidden}.",
+            f"{config.layers} layers of width {config.hidden}{described(loaded.control_model)}.",
             cls.hidden.unique_id,
         )
         return io.NodeOutput(loaded)

@@ -130,11 +130,36 @@ class TensorFile(Mapping[str, Tensor]):
         values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return values.view(entry["shape"])
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Without reading the tensor."""
+        return tuple(self.entries[key]["shape"])
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
+
+
+class Part(Mapping[str, Tensor]):
+    """The tensors of a file whose keys begin with a prefix, without it, still unread."""
+
+    def __init__(self, file: TensorFile, prefix: str):
+        self.file, self.prefix = file, prefix
+        self.keys_within = keys_under(file, prefix)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.file[self.prefix + key]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Without reading the tensor."""
+        return self.file.shape(self.prefix + key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_within)
+
+    def __len__(self) -> int:
+        return len(self.keys_within)
 
 
 def read_file(path: str | Path) -> tuple[StateDict, dict[str, str]]:
@@ -143,12 +168,12 @@ def read_file(path: str | Path) -> tuple[StateDict, dict[str, str]]:
     return dict(file), file.metadata
 
 
-def unreadable(path: str | Path, error: Exception) -> CheckpointError:
-    """The error for a file that is no whole safetensors file."""
+def unreadable(path: str | Path, error: Exception, kind: str = "safetensors") -> CheckpointError:
+    """The error for a file that is no whole file of its kind."""
     path = Path(path)
     size = f"{path.stat().st_size:,} bytes" if path.is_file() else "not there"
     return CheckpointError(
-        f"'{path.name}' can't be read as a safetensors file ({size}): {error}. It was probably "
+        f"'{path.name}' can't be read as a {kind} file ({size}): {error}. It was probably "
         "not downloaded to its end; download it again."
     )
 
@@ -196,10 +221,15 @@ def under(state_dict: Mapping[str, Tensor], prefix: str) -> StateDict:
 
     Of a TensorFile only these are read.
     """
+    return {key: state_dict[prefix + key] for key in keys_under(state_dict, prefix)}
+
+
+def keys_under(state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:
+    """The keys of `under`."""
     keys = [k for k in state_dict if k.startswith(prefix)]
     if not prefix:
         keys = [k for k in keys if not k.startswith(OTHER_MODELS)]
-    return {k[len(prefix) :]: state_dict[k] for k in keys}
+    return [key[len(prefix) :] for key in keys]
 
 
 def _looks_like(state_dict: Mapping[str, Tensor]) -> str:
@@ -270,6 +300,8 @@ def _unknown_key(source: str, key: str) -> CheckpointError:
 
 
 def shapes_of(state_dict: Mapping[str, Tensor]) -> Shapes:
+    if isinstance(state_dict, (TensorFile, Part)):
+        return {key: state_dict.shape(key) for key in state_dict}
     return {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
 
 

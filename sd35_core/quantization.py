@@ -27,12 +27,15 @@ from .checkpoint import (
     MARK,
     OTHER_MODELS,
     PREFIXES,
+    Part,
     StateDict,
     TensorFile,
     checked_config,
     diffusion_model,
+    shapes_of,
     write_file,
 )
+from .config import Shape
 from .controlnet import config_of, controlnet
 from .errors import SD35Error, SettingError
 from .packing import FP8, INT8, VERSION, VQ2, is_packed, pack, unpack
@@ -50,8 +53,9 @@ PRECISE = {
     r"final_layer\.": "the only way out",
 }
 """Layers that are never packed, by their names, and why."""
+MODULATION = r"adaLN_modulation\."
 EIGHT_AT_LEAST = {
-    r"adaLN_modulation\.": "scales, shifts and gates act on every token",
+    MODULATION: "scales, shifts and gates act on every token",
     r"controlnet_blocks\.": "a ControlNet's last product; at 2 bits a third of it is error",
 }
 """Layers that a 2-bit file keeps at 8 bits, and why."""
@@ -74,17 +78,16 @@ class Plan:
         if self.eight not in (INT8, FP8):
             raise SettingError(f"The 8-bit format is '{self.eight}'; known are {INT8} and {FP8}.")
 
-    def format_of(self, name: str, weight: Tensor) -> str | None:
+    def format_of(self, name: str, shape: Shape) -> str | None:
         """A format for the tensor `name` (a key of Stability's), or None: it stays as it is."""
-        if weight.ndim != 2 or not name.endswith(".weight"):
+        if len(shape) != 2 or not name.endswith(".weight"):
             return None
         if any(re.match(pattern, name) for pattern in PRECISE):
             return None
-        if self.bits == 8 or re.search(r"controlnet_blocks\.", name):
-            return self.eight
-        if "adaLN_modulation" in name:
-            return VQ2 if self.modulation_bits == 2 else self.eight
-        return VQ2
+        careful = [pattern for pattern in EIGHT_AT_LEAST if re.search(pattern, name)]
+        if self.modulation_bits == 2 and MODULATION in careful:
+            careful.remove(MODULATION)
+        return self.eight if self.bits == 8 or careful else VQ2
 
 
 @dataclass(frozen=True)
@@ -147,17 +150,17 @@ def quantized(
     hears how many layers are done, and may raise to stop. Raises SettingError for a model that is
     packed already or does not fit.
     """
-    if is_packed(tensors) or any(t.dtype.itemsize == 1 for t in _weights(tensors)):
-        raise SettingError(
-            "This model is quantized already; quantizing it again would add up the errors. "
-            "Start from the original file."
-        )
-    forms = {k: f for k, t in tensors.items() if (f := plan.format_of(k, t)) is not None}
+    forms = {k: f for k, s in shapes_of(tensors).items() if (f := plan.format_of(k, s)) is not None}
     found: StateDict = {}
     layers: list[Layer] = []
 
     def take(key: str, second: Tensor | None) -> None:
         weight = tensors[key]
+        if is_packed(tensors) or weight.dtype.itemsize == 1:
+            raise SettingError(
+                "This model is quantized already; quantizing it again would add up the errors. "
+                "Start from the original file."
+            )
         packed = pack(weight, forms[key], second)
         prefix = key.removesuffix("weight")
         found.update({prefix + name: tensor.cpu() for name, tensor in packed.items()})
@@ -173,16 +176,11 @@ def quantized(
     for key in forms:
         if key not in taken:
             take(key, None)
-    for key, tensor in tensors.items():
-        if key not in forms:
-            found[key] = tensor
-    before = _bytes(tensors.values())
+    rest = {key: tensors[key] for key in tensors if key not in forms}
+    found |= rest
+    before = _bytes(rest.values()) + sum(layer.before for layer in layers)
     report = Report(plan, moments is not None, layers, before, _bytes(found.values()))
     return found, report
-
-
-def _weights(tensors: Mapping[str, Tensor]) -> Iterable[Tensor]:
-    return (t for k, t in tensors.items() if k.endswith(".weight"))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -228,7 +226,7 @@ def quantize_file(
         tensors = controlnet(file, source)
         config_of(tensors, source)
     else:
-        tensors = diffusion_model(file, source)
+        tensors = Part(file, prefix) if prefix + MARK in file else diffusion_model(file, source)
         checked_config(tensors, source)
     packed, report = quantized(tensors, plan, moments, on_layer)
     others = [k for k in file if k.startswith(OTHER_MODELS) or not k.startswith(prefix)]

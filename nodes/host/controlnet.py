@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.controlnet
@@ -17,12 +19,15 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
+from ...sd35_core.checkpoint import weights_for
 from ...sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder, config_of, controlnet
 from ...sd35_core.errors import SettingError
 from ...sd35_core.hints import NEAR, Near, rgb, vae_input
 from ...sd35_core.latent import PIXELS
 from ...sd35_core.layers import grid_positions
 from ...sd35_core.mmditx import padded
+from ...sd35_core.packing import is_packed
+from . import packed
 from .loading import ModelFile
 from .network import HostMMDiTX
 
@@ -55,17 +60,20 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
     hold for it too; the model is held from `pre_run` to `cleanup` alone.
     """
 
-    def __init__(self, model: ControlNetEmbedder | None, options: Options, **managed: Any):
+    def __init__(
+        self, model: ControlNetEmbedder | None, options: Options, path: Path, **managed: Any
+    ):
         super().__init__(
             model, compression_ratio=1, latent_format=comfy.latent_formats.SD3(), **managed
         )
-        self.options = options
+        self.options, self.path = options, path
         self.base: Base | None = None
 
     def copy(self) -> SD35ControlNet:
         other = SD35ControlNet(
             None,
             self.options,
+            self.path,
             load_device=self.load_device,
             manual_cast_dtype=self.manual_cast_dtype,
         )
@@ -257,14 +265,19 @@ def controlnet_from(file: ModelFile, options: Options) -> SD35ControlNet:
     device, offload_device = management.get_torch_device(), management.unet_offload_device()
     dtype = management.unet_dtype(model_params=comfy.utils.calculate_parameters(tensors))
     compute = management.unet_manual_cast(dtype, device)
-    operations = comfy.ops.pick_operations(dtype, compute, disable_fast_fp8=True)
+    if is_packed(tensors):
+        quantized = SimpleNamespace(quant_config={"mixed_ops": True})
+        operations = packed.operations(dtype, compute or dtype, quantized)
+    else:
+        operations = comfy.ops.pick_operations(dtype, compute, disable_fast_fp8=True)
     model = ControlNetEmbedder(config, operations, dtype=dtype, device=offload_device)
     model.dtype = dtype
-    wanted = {key: tensors[key].to(dtype) for key in model.state_dict()}
-    model.load_state_dict(wanted)
+    known = ControlNetEmbedder(config, device="meta").state_dict()
+    model.load_state_dict(weights_for(known, tensors, dtype))
     return SD35ControlNet(
         model.requires_grad_(False).eval(),
         options,
+        file.path,
         load_device=device,
         manual_cast_dtype=compute,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import folder_paths
 
 from ...sd35_core.errors import CheckpointError
+from ...sd35_core.gguf_file import EXTENSION
 
 PACK_MODELS = Path(__file__).resolve().parents[2] / "models"
 PACK_CONTROLNETS = "controlnet"
@@ -27,7 +28,7 @@ def _models() -> dict[str, Path | None]:
     """Name -> the file, or None where the host knows the way."""
     files: dict[str, Path | None] = {path.name: path for path in _of_the_pack(controlnets=False)}
     for folder in MODEL_FOLDERS:
-        for name in listed(folder):
+        for name in listed(folder) + listed_gguf(folder):
             files.setdefault(f"{folder}/{name}" if name in files else name, None)
     return files
 
@@ -56,6 +57,15 @@ def listed(folder: str) -> list[str]:
     return [n for n in folder_paths.get_filename_list(folder) if n.lower().endswith(FORMATS)]
 
 
+def listed_gguf(folder: str) -> list[str]:
+    """The GGUF files there, which the host does not list itself."""
+    return sorted(
+        str(path.relative_to(root))
+        for root in map(Path, folder_paths.get_folder_paths(folder))
+        for path in root.rglob(f"*{EXTENSION}")
+    )
+
+
 def model_path(name: str) -> Path:
     """The file behind a name of `model_files`. Raises CheckpointError when it is gone."""
     own = _models().get(name)
@@ -69,7 +79,7 @@ def model_path(name: str) -> Path:
 
 
 def _is_in(folder: str, name: str) -> bool:
-    return name in folder_paths.get_filename_list(folder)
+    return name in folder_paths.get_filename_list(folder) + listed_gguf(folder)
 
 
 def path_in(folder: str, name: str) -> Path:

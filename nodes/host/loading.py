@@ -23,6 +23,8 @@ from ...sd35_core.checkpoint import (
 )
 from ...sd35_core.config import VARIANTS
 from ...sd35_core.errors import CheckpointError
+from ...sd35_core.gguf_file import EXTENSION, GGUFFile
+from . import packed
 from .network import SD35ModelConfig
 
 WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
@@ -46,6 +48,9 @@ def read(path: Path) -> ModelFile:
 
     With the host's dynamic weights its own reader keeps the file open and reads on demand.
     """
+    if path.suffix.lower() == EXTENSION:
+        gguf = GGUFFile(path)
+        return ModelFile(path, gguf, gguf.metadata)
     file = TensorFile(path)
     if not comfy.memory_management.aimdo_enabled:
         return ModelFile(path, file, file.metadata)
@@ -76,11 +81,15 @@ def model_from(file: ModelFile, weight_dtype: str, disable_dynamic: bool = False
     compute = management.unet_manual_cast(None if quantized else dtype, device, supported)
     config.set_inference_dtype(dtype, compute)
     config.optimizations["fp8"] = options.get("fp8_optimizations", False)
+    if quantized:
+        config.custom_operations = packed.operations(dtype, compute, config)
 
     model = config.get_model(found)
     patcher_class = comfy.model_patcher.CoreModelPatcher
-    if disable_dynamic:
+    if disable_dynamic or management.is_device_cpu(device):
         patcher_class = comfy.model_patcher.ModelPatcher
+    if quantized and patcher_class is comfy.model_patcher.ModelPatcher:
+        patcher_class = packed.PackedPatcher
     patcher = patcher_class(model, load_device=device, offload_device=offload_device)
     if not patcher.is_dynamic() and not quantized:
         found = {key: tensor.to(dtype) for key, tensor in found.items()}
@@ -136,4 +145,5 @@ def summary(file: ModelFile, model: Any, encoders: list[str]) -> str:
     count = sum(weight.numel() for weight in network.parameters())
     size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
     dtype = str(model.model_dtype()).removeprefix("torch.")
+    dtype += packed.described(network)
     return f"{name}: {size} parameters, {dtype}. Text encoders: {', '.join(encoders) or 'none'}."

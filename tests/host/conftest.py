@@ -71,6 +71,8 @@ def comfy(comfyui: hosts.Host, base: Path) -> SimpleNamespace:
         loader=module("loader"),
         controlnet=module("controlnet"),
         host_controlnet=module("host.controlnet"),
+        calibration=module("host.calibration"),
+        quantize=module("quantize"),
         guidance=module("guidance"),
         sampler=module("sampler"),
     )

@@ -1,0 +1,52 @@
+"""Calibration in the host: a model draws prompts, and what its layers see is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import comfy.model_management
+import torch
+
+from ...sd35_core.calibration import Moments, moments_of, moments_of_controlnet, recorded
+from ...sd35_core.errors import SettingError
+from ...sd35_core.latent import CHANNELS, PIXELS
+from ...sd35_core.sampling import sigmas
+from .network import HostMMDiTX
+from .sampling import sample
+
+CFG = 4.0
+
+
+def calibration(
+    model: Any, clip: Any, prompts: list[str], side: int, steps: int, attach: Any = None
+) -> Iterable[Moments]:
+    """The moments of a MODEL's layers, or of a ControlNet's, while it draws square pictures.
+
+    attach: (ControlNet object, positive, negative -> both with it), to calibrate a ControlNet.
+    """
+    network = model.model.diffusion_model
+    if not isinstance(network, HostMMDiTX):
+        raise SettingError(
+            f"Calibration needs a model from SD35Loader; this one is a {type(network).__name__}."
+        )
+    control = attach[0].control_model if attach else None
+    negative = encoded(clip, "")
+    latent = {"samples": torch.zeros(1, CHANNELS, side // PIXELS, side // PIXELS)}
+    levels = sigmas(steps, model.get_model_object("model_sampling").shift, "simple")
+    with recorded(network if control is None else control) as calls:
+        for seed, prompt in enumerate(prompts):
+            pair = encoded(clip, prompt), negative
+            positive, negated = attach[1](*pair) if attach else pair
+            sample(model, positive, negated, latent, seed, CFG, "euler", levels)
+    comfy.model_management.load_models_gpu([model])
+    chosen, device = calls.chosen(), model.load_device
+    if control is None:
+        return moments_of(network, chosen, device)
+    comfy.model_management.load_models_gpu([model, attach[0].control_model_wrapped])
+    return moments_of_controlnet(control, calls.base, chosen, device)
+
+
+def encoded(clip: Any, text: str) -> Any:
+    """A CONDITIONING."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))

@@ -1,0 +1,203 @@
+"""Packed weights under the host's memory manager: its own 8-bit layers, and 2 bits beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import comfy.model_patcher
+import comfy.ops
+import comfy.quant_ops
+import comfy.utils
+import torch
+from comfy.quant_ops import QuantizedTensor
+from torch import Tensor, nn
+
+from ...sd35_core.errors import SettingError
+from ...sd35_core.packing import VQ2, check_packed, format_of, packed_under, vectors
+
+LAYOUT = "SD35VectorLayout"
+"""The name under which the host's tensors find how 2-bit weights are unpacked."""
+
+
+@cache
+def vector_layout() -> Any:
+    """The layout class of 2-bit weights, known to the host from the first call on."""
+    from comfy_kitchen.tensor import QuantizedLayout, register_layout_class
+    from comfy_kitchen.tensor.base import BaseLayoutParams
+
+    @dataclass(frozen=True)
+    class Params(BaseLayoutParams):
+        codebook: Tensor
+
+        def _tensor_fields(self) -> list[str]:
+            return ["scale", "codebook"]
+
+    class VectorLayout(QuantizedLayout):
+        @classmethod
+        def quantize(cls, tensor: Tensor, **_: Any) -> Any:
+            raise SettingError(
+                "2-bit weights can't take a change: rounding it to 2 bits would lose it. Apply "
+                "the LoRA or the merge to the original model."
+            )
+
+        @classmethod
+        def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
+            return vectors(qdata, params.scale, params.codebook, params.orig_dtype)
+
+        @classmethod
+        def get_plain_tensors(cls, qtensor: Any) -> tuple[Tensor, ...]:
+            return qtensor._qdata, qtensor.params.scale, qtensor.params.codebook
+
+        @classmethod
+        def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
+            return {"": qdata, "_scale": params.scale, "_codebook": params.codebook}
+
+    VectorLayout.Params = Params
+    register_layout_class(LAYOUT, VectorLayout)
+    return VectorLayout
+
+
+def operations(dtype: Any, compute_dtype: Any, model_config: Any) -> Any:
+    """The host's layers for packed weights, which know 2 bits as well."""
+    host = comfy.ops.pick_operations(dtype, compute_dtype, model_config=model_config)
+
+    class Linear(host.Linear):
+        def _load_from_state_dict(
+            self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+            missing: list[str], *rest: Any,
+        ) -> None:  # fmt: skip
+            packed = packed_under(state_dict, prefix)
+            if not packed or format_of(packed, prefix[:-1]) != VQ2:
+                super()._load_from_state_dict(
+                    state_dict, prefix, local_metadata, strict, missing, *rest
+                )
+                return
+            check_packed(packed, self._orig_shape, prefix[:-1])
+            for name in packed:
+                del state_dict[prefix + name]
+            device, compute = self.factory_kwargs["device"], self.factory_kwargs["dtype"]
+            tensors = {name: tensor.to(device) for name, tensor in packed.items()}
+            params = vector_layout().Params(
+                scale=tensors["weight_scale"],
+                orig_dtype=compute or torch.get_default_dtype(),
+                orig_shape=self._orig_shape,
+                codebook=tensors["weight_codebook"],
+            )
+            weight = QuantizedTensor(tensors["weight"], LAYOUT, params)
+            self.weight = nn.Parameter(weight, requires_grad=False)
+            self.quant_format = VQ2
+            self.comfy_quant = packed["comfy_quant"]
+            nn.Module._load_from_state_dict(
+                self, state_dict, prefix, local_metadata, strict, missing, *rest
+            )
+            missing.remove(prefix + "weight")
+
+        def _forward(self, input: Any, weight: Any, bias: Any) -> Tensor:
+            """In full precision, unless the host has packed the input as well (fp8 on CUDA). The
+            host would round the inputs of int8 weights."""
+            if not isinstance(input, QuantizedTensor) and isinstance(weight, QuantizedTensor):
+                weight = weight.dequantize()
+            return super()._forward(input, weight, bias)
+
+        def state_dict(self, *args: Any, prefix: str = "", **named: Any) -> Any:
+            found = super().state_dict(*args, prefix=prefix, **named)
+            if prefix + "comfy_quant" in found and self.quant_format == VQ2:
+                found[prefix + "comfy_quant"] = self.comfy_quant
+            return found
+
+    return type("PackedOperations", (host,), {"Linear": Linear})
+
+
+def described(network: nn.Module) -> str:
+    """How a network's layers are packed, for the person; empty when none is."""
+    found = (getattr(module, "quant_format", None) for module in network.modules())
+    formats = {form for form in found if form}
+    return f", packed as {' and '.join(sorted(formats))}" if formats else ""
+
+
+class HookPatch(comfy.model_patcher.LowVramPatch):
+    """A LoRA that a hook adds to one prompt alone."""
+
+
+class PackedPatcher(comfy.model_patcher.ModelPatcher):
+    """Adds LoRAs to the unpacked weight at each use; they are never rounded into packed ones."""
+
+    def patch_weight_to_device(
+        self, key: str, device_to: Any = None, inplace_update: bool = False,
+        return_weight: bool = False, force_cast: bool = False,
+    ) -> Any:  # fmt: skip
+        weight = comfy.utils.get_attr(self.model, key)
+        if key in self.patches and isinstance(weight, QuantizedTensor):
+            return weight
+        return super().patch_weight_to_device(
+            key, device_to, inplace_update, return_weight, force_cast
+        )
+
+    def model_state_dict_for_saving(self, *args: Any, **named: Any) -> Any:
+        if any(key in self.patches for key, _ in self._packed()):
+            raise SettingError(
+                "A quantized model can't be saved with a LoRA or a merge in it: rounding would "
+                "lose most of it. Save the original model with the LoRA, then quantize that."
+            )
+        return super().model_state_dict_for_saving(*args, **named)
+
+    def model_state_dict(self, *args: Any, **named: Any) -> Any:
+        """Weights and biases: what can be patched; not the scales of packed weights."""
+        found = super().model_state_dict(*args, **named)
+        beside = (".weight_scale", ".weight_codebook", ".comfy_quant")
+        return {key: value for key, value in found.items() if not key.endswith(beside)}
+
+    def patch_hook_weight_to_device(
+        self, hooks: Any, combined_patches: Any, key: str, *rest: Any, **named: Any
+    ) -> None:
+        if not isinstance(comfy.utils.get_attr(self.model, key), QuantizedTensor):
+            super().patch_hook_weight_to_device(hooks, combined_patches, key, *rest, **named)
+
+    def patch_hooks(self, hooks: Any) -> None:
+        super().patch_hooks(hooks)
+        combined = self.get_combined_hook_patches(hooks)
+        for key, module in self._packed():
+            functions = _without(HookPatch, module)
+            if key in combined:
+                functions.append(HookPatch(key, combined))
+            module.weight_function = functions
+
+    def unpatch_hooks(self, *args: Any, **named: Any) -> None:
+        super().unpatch_hooks(*args, **named)
+        for _, module in self._packed():
+            module.weight_function = _without(HookPatch, module)
+
+    def load(self, *args: Any, **named: Any) -> None:
+        super().load(*args, **named)
+        self._patch_at_use()
+
+    def partially_unload(self, *args: Any, **named: Any) -> Any:
+        freed = super().partially_unload(*args, **named)
+        self._patch_at_use()
+        return freed
+
+    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
+        if unpatch_weights:
+            for _, module in self._packed():
+                module.weight_function = _without(comfy.model_patcher.LowVramPatch, module)
+        super().unpatch_model(device_to, unpatch_weights)
+
+    def _packed(self) -> Iterator[tuple[str, Any]]:
+        for name, module in self.model.named_modules():
+            if isinstance(getattr(module, "weight", None), QuantizedTensor):
+                yield f"{name}.weight", module
+
+    def _patch_at_use(self) -> None:
+        for key, module in self._packed():
+            functions = _without(comfy.model_patcher.LowVramPatch, module)
+            if key in self.patches:
+                patch = comfy.model_patcher.LowVramPatch(key, self.patches)
+                functions = [patch, *functions]
+            module.weight_function = functions
+
+
+def _without(kind: type, module: Any) -> list[Any]:
+    return [f for f in module.weight_function if type(f) is not kind]

@@ -1,0 +1,196 @@
+"""SD35Quantize: a model or a ControlNet -> a smaller file beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+from comfy_api.latest import io, ui
+
+from ..sd35_core.errors import SettingError
+from ..sd35_core.packing import FP8, INT8
+from ..sd35_core.quantization import Plan, quantize_file
+from .controlnet import SD35ControlNetApply
+from .host.calibration import calibration
+from .host.controlnet import SD35ControlNet
+from .host.report import tell
+
+FORMATS = {"8 bit (int8)": (8, INT8), "8 bit (fp8)": (8, FP8), "2 bit": (2, INT8)}
+MODULATION = {"8 bit": 8, "2 bit": 2}
+PROMPTS = """\
+a portrait of an old fisherman, soft window light
+a bowl of ripe apples on a wooden table
+a wide mountain valley at sunrise, mist
+a red bicycle leaning on a brick wall
+a sign that says "open" above a bakery door
+two dogs playing in the snow
+a watercolour of a harbour with small boats
+an isometric drawing of a tiny kitchen"""
+
+
+class SD35Quantize(io.ComfyNode):
+    """Writes a model or a ControlNet with 8 or 2 bits a weight."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SD35Quantize",
+            display_name="SD3.5 Quantize",
+            category="SD3.5",
+            description="Writes a smaller file beside the original, which the loaders take as any "
+            "other, and reports what it costs. With a ControlNet connected, the ControlNet is "
+            "quantized; otherwise the model.",
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    tooltip="8 bit is safe: pictures hardly change. 2 bit is a quarter of that "
+                    "and changes them; it needs calibration.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="From SD3.5 Loader, without LoRA. For a ControlNet: its base, needed "
+                    "to calibrate.",
+                ),
+                io.ControlNet.Input(
+                    "control_net",
+                    optional=True,
+                    tooltip="From SD3.5 ControlNet Loader: quantize it, not the model.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Encodes the prompts of the calibration. 2 bit without it is written "
+                    "without calibration, and its name says so.",
+                ),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="To calibrate a ControlNet: reads its picture."
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="To calibrate a ControlNet: hints, one is used for all prompts.",
+                ),
+                io.String.Input(
+                    "prompts",
+                    default=PROMPTS,
+                    multiline=True,
+                    optional=True,
+                    tooltip="Calibration, 2 bit alone: prompts like those you will use, one a "
+                    "line.",
+                ),
+                io.Int.Input(
+                    "side",
+                    default=512,
+                    min=64,
+                    max=1440,
+                    step=16,
+                    optional=True,
+                    tooltip="Calibration: width and height of the pictures. 128 for sd35_nano.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=12,
+                    min=1,
+                    max=100,
+                    optional=True,
+                    tooltip="Calibration: steps of each picture.",
+                ),
+                io.Combo.Input(
+                    "modulation",
+                    options=list(MODULATION),
+                    default="8 bit",
+                    optional=True,
+                    advanced=True,
+                    tooltip="2 bit alone: a third of the weights make the modulation (adaLN), "
+                    "which acts on every token. At 2 bit the file is half as large and worse.",
+                ),
+            ],
+            outputs=[],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        format: str,
+        model: Any = None,
+        control_net: Any = None,
+        clip: Any = None,
+        vae: Any = None,
+        image: Any = None,
+        prompts: str = PROMPTS,
+        side: int = 512,
+        steps: int = 12,
+        modulation: str = "8 bit",
+    ) -> io.NodeOutput:
+        bits, eight = FORMATS[format]
+        plan = Plan(bits, eight, MODULATION[modulation])
+        path = control_net_path(control_net) if control_net is not None else model_path(model)
+        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+        moments = None
+        if bits == 2 and clip is not None and lines:
+            if model is None:
+                raise SettingError("To calibrate a ControlNet, connect its base to model too.")
+            attach = None
+            if control_net is not None:
+                attach = control_net, with_hint(control_net, vae, image)
+            moments = calibration(model, clip, lines, side, steps, attach)
+        progress = comfy.utils.ProgressBar(1)
+
+        def on_layer(done: int, total: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            progress.update_absolute(done, total)
+
+        out, report = quantize_file(path, plan, moments, on_layer)
+        text = f"{report.text()}\nWrote {out}. Press R to see it in the loaders."
+        tell(text, cls.hidden.unique_id)
+        return io.NodeOutput(ui=ui.PreviewText(text))
+
+
+def model_path(model: Any) -> Path:
+    """The file of a MODEL. Raises SettingError for one that is changed or has no file."""
+    if model is None:
+        raise SettingError("Connect a model or a ControlNet to quantize.")
+    factory = getattr(model, "cached_patcher_init", None)
+    if not factory or not Path(str(factory[1][0])).is_file():
+        raise SettingError(
+            "This node quantizes the file behind a model, and this model has none. Load it with "
+            "SD35Loader."
+        )
+    if str(factory[1][0]).lower().endswith(".gguf"):
+        raise SettingError("A GGUF file is quantized already. Start from the original file.")
+    if model.patches:
+        raise SettingError(
+            f"The model carries a LoRA or a merge ({len(model.patches)} layers changed), which "
+            "its file does not have. Save it with ModelSave and load that, or connect the loader "
+            "directly."
+        )
+    return Path(factory[1][0])
+
+
+def control_net_path(control_net: Any) -> Path:
+    """The file of a CONTROL_NET. Raises SettingError for one that isn't ours."""
+    if not isinstance(control_net, SD35ControlNet):
+        raise SettingError(
+            f"This node needs a ControlNet from SD35ControlNetLoader; it got a "
+            f"{type(control_net).__name__}."
+        )
+    return control_net.path
+
+
+def with_hint(control_net: SD35ControlNet, vae: Any, image: Any) -> Any:
+    """(positive, negative) -> both with the ControlNet and its first picture."""
+    if image is None:
+        raise SettingError("To calibrate a ControlNet, connect its hint to image, and a VAE.")
+
+    def attach(positive: Any, negative: Any) -> Any:
+        return SD35ControlNetApply.execute(
+            positive, negative, control_net, vae, image[:1], 1.0, 0.0, 1.0
+        ).result
+
+    return attach

@@ -1,0 +1,74 @@
+"""SD3.5 in GGUF files, llama.cpp's container; the package gguf reads and decodes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import unreadable
+from .errors import CheckpointError
+
+ARCHITECTURE = "sd3"
+EXTENSION = ".gguf"
+SHAPE = "comfy.gguf.orig_shape."
+"""Before a tensor's name: its shape, where GGUF could not keep it."""
+
+
+class GGUFFile(Mapping[str, Tensor]):
+    """The tensors of a GGUF file, each decoded when it is asked for, to fp16 (F32 stays).
+
+    Raises CheckpointError when the file is damaged, of another model, or the package is missing.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            import gguf
+        except ImportError as error:
+            raise CheckpointError(
+                f"'{self.path.name}' is a GGUF file, and the package that reads these is not "
+                "installed. Install it into ComfyUI's Python (pip install gguf), or choose a "
+                "safetensors file."
+            ) from error
+        self._gguf: Any = gguf
+        try:
+            reader = gguf.GGUFReader(self.path)
+            self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+            self.fields = {name: field.contents() for name, field in reader.fields.items()}
+        except Exception as error:  # the reader raises whatever a damaged number leads it to
+            raise unreadable(self.path, error, "GGUF") from error
+        architecture = self.fields.get("general.architecture", ARCHITECTURE)
+        if architecture != ARCHITECTURE:
+            raise CheckpointError(
+                f"'{self.path.name}' holds a model of the architecture '{architecture}', expected "
+                f"'{ARCHITECTURE}'. Choose a Stable Diffusion 3.5 file."
+            )
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What is said of the file in words."""
+        return {name: value for name, value in self.fields.items() if isinstance(value, str)}
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor = self.tensors[key]
+        kind = tensor.tensor_type.name
+        shape = self.fields.get(SHAPE + key) or [int(side) for side in reversed(tensor.shape)]
+        try:
+            values = self._gguf.dequantize(tensor.data, tensor.tensor_type)
+            decoded = torch.tensor(values, dtype=None if kind == "F32" else torch.float16)
+            return decoded.view([int(side) for side in shape])
+        except (NotImplementedError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"'{self.path.name}': '{key}' ({kind}) can't be decoded: {error}. Choose another "
+                "file of this model."
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)

@@ -1,0 +1,130 @@
+"""SD35Quantize: a file beside the original, calibrated by really drawing; what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sd35_core.checkpoint import TensorFile
+
+from ..conftest import NANO, PACK
+from .conftest import difference
+from .test_model import lora
+
+PROMPTS = "a big avocado on a pink background\na small owl on a blue background"
+DEPTH = PACK / "models" / "nano" / "controlnet" / "sd35_nano_depth.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Copies of the small model and one of its ControlNets, for files to be written beside."""
+    for path in (NANO, DEPTH):
+        shutil.copy(path, tmp_path / path.name)
+    return tmp_path
+
+
+@pytest.fixture
+def parts(comfy: SimpleNamespace, folder: Path) -> SimpleNamespace:
+    """MODEL, CLIP, VAE and CONTROL_NET of these copies."""
+    path, host = folder / NANO.name, comfy.host_controlnet
+    file = comfy.loading.read(path)
+    return SimpleNamespace(
+        model=comfy.loading.load_model(str(path), "default"),
+        clip=comfy.text.clip_from(file, {"clip_l": None, "clip_g": None}),
+        vae=comfy.loading.vae_from(file),
+        control=host.controlnet_from(comfy.loading.read(folder / DEPTH.name), host.Options()),
+    )
+
+
+@pytest.fixture
+def quantize(comfy: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The node -> its report."""
+    node = comfy.quantize.SD35Quantize
+    monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id=None))
+
+    def run(format: str, **inputs: Any) -> str:
+        settings = {"prompts": PROMPTS, "side": 128, "steps": 2, **inputs}
+        return node.execute(format, **settings).ui.as_dict()["text"][0]
+
+    return run
+
+
+def test_a_model_is_written_beside_the_original(
+    comfy: SimpleNamespace, folder: Path, parts: Any, quantize: Any, ksampler: Any
+) -> None:
+    conds = [comfy.calibration.encoded(parts.clip, p) for p in PROMPTS.splitlines()]
+    settings = {"positive": conds[0], "negative": conds[1]}
+    expected = ksampler(parts.model, **settings)
+    errors = {}
+    for name, format, given in (
+        ("int8", "8 bit (int8)", {}),
+        ("2bit_adaln8_datafree", "2 bit", {}),
+        ("2bit_adaln8", "2 bit", {"clip": parts.clip}),
+    ):
+        report = quantize(format, model=parts.model, **given)
+        out = folder / f"sd35_nano_{name}.safetensors"
+        assert str(out) in report and ("without calibration" in report) == ("clip" not in given)
+        assert out.stat().st_size < NANO.stat().st_size
+        again = comfy.loading.load_model(str(out), "default")
+        errors[name] = difference(ksampler(again, **settings), expected)
+    assert errors["int8"] < 0.1 and errors["2bit_adaln8"] < errors["2bit_adaln8_datafree"]
+    file = TensorFile(folder / "sd35_nano_2bit_adaln8.safetensors")
+    assert any(key.startswith("text_encoders.") for key in file), "the other parts are kept"
+
+
+def test_a_controlnet_is_calibrated_on_its_base(
+    comfy: SimpleNamespace, folder: Path, parts: Any, quantize: Any
+) -> None:
+    image = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(0))
+    report = quantize(
+        "2 bit", model=parts.model, control_net=parts.control, clip=parts.clip, vae=parts.vae,
+        image=image,
+    )  # fmt: skip
+    out = folder / "sd35_nano_depth_2bit_adaln8.safetensors"
+    assert str(out) in report and "2 bits (calibrated)" in report
+    host = comfy.host_controlnet
+    loaded = host.controlnet_from(comfy.loading.read(out), host.Options())
+    assert loaded.config.control_type == "depth"
+    assert quantize("8 bit (fp8)", control_net=parts.control)
+    with pytest.raises(Exception, match="connect its hint to image"):
+        quantize("2 bit", model=parts.model, control_net=parts.control, clip=parts.clip)
+    with pytest.raises(Exception, match="connect its base to model too"):
+        quantize("2 bit", control_net=parts.control, clip=parts.clip)
+
+
+def test_what_has_no_file_of_its_own_is_refused(
+    comfy: SimpleNamespace, folder: Path, parts: Any, quantize: Any, small: Path
+) -> None:
+    before = set(folder.iterdir())
+    with pytest.raises(Exception, match="Connect a model or a ControlNet"):
+        quantize("8 bit (int8)")
+    patched, _ = comfy.sd.load_lora_for_models(parts.model, None, lora("kohya"), 1.0, 0)
+    with pytest.raises(Exception, match="carries a LoRA or a merge"):
+        quantize("8 bit (int8)", model=patched)
+    with pytest.raises(Exception, match="needs a ControlNet from SD35ControlNetLoader"):
+        quantize("8 bit (int8)", control_net=object())
+    stock = comfy.sd.load_diffusion_model(str(small))
+    with pytest.raises(Exception, match="needs a model from SD35Loader"):
+        quantize("2 bit", model=stock, clip=parts.clip)
+    quantize("8 bit (int8)", model=parts.model)
+    twice = comfy.loading.load_model(str(folder / "sd35_nano_int8.safetensors"), "default")
+    with pytest.raises(Exception, match="quantized already"):
+        quantize("2 bit", model=twice)
+    assert {path.name for path in set(folder.iterdir()) - before} == {"sd35_nano_int8.safetensors"}
+
+
+def test_a_cancelled_run_leaves_nothing(
+    comfy: SimpleNamespace, folder: Path, parts: Any, quantize: Any
+) -> None:
+    import comfy.model_management as management
+
+    before = set(folder.iterdir())
+    management.interrupt_current_processing()
+    with pytest.raises(management.InterruptProcessingException):
+        quantize("8 bit (int8)", model=parts.model)
+    assert set(folder.iterdir()) == before
