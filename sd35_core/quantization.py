@@ -155,7 +155,7 @@ def quantized(
     layers: list[Layer] = []
 
     def take(key: str, second: Tensor | None) -> None:
-        weight = tensors[key]
+        weight = tensors[key] if second is None else tensors[key].to(second.device)
         if is_packed(tensors) or weight.dtype.itemsize == 1:
             raise SettingError(
                 "This model is quantized already; quantizing it again would add up the errors. "
