@@ -74,7 +74,8 @@ class SD35ControlNetLoader(io.ComfyNode):
         config = loaded.config
         tell(
             f"{config.control_type or 'unknown kind of'} ControlNet ({config.kind}), "
-            f"{config.layers} layers of width {config.hidden}{described(loaded.control_model)}.",
+            f"{config.layers} {'layer' if config.layers == 1 else 'layers'} of width "
+            f"{config.hidden}{described(loaded.control_model)}.",
             cls.hidden.unique_id,
         )
         return io.NodeOutput(loaded)

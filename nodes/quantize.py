@@ -5,19 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import comfy.model_management
-import comfy.utils
 from comfy_api.latest import io, ui
 
 from ..sd35_core.errors import SettingError
-from ..sd35_core.packing import FP8, INT8
+from ..sd35_core.packing import FP8, INT8, RAW_FP8
 from ..sd35_core.quantization import Plan, quantize_file
 from .controlnet import SD35ControlNetApply
 from .host.calibration import calibration
 from .host.controlnet import SD35ControlNet
-from .host.report import tell
+from .host.report import progress, tell
 
-FORMATS = {"8 bit (int8)": (8, INT8), "8 bit (fp8)": (8, FP8), "2 bit": (2, INT8)}
+FORMATS = {
+    "8 bit (int8)": (8, INT8),
+    "8 bit (fp8)": (8, FP8),
+    "8 bit (raw fp8)": (8, RAW_FP8),
+    "2 bit": (2, INT8),
+}
 MODULATION = {"8 bit": 8, "2 bit": 2}
 PROMPTS = """\
 a portrait of an old fisherman, soft window light
@@ -140,13 +143,7 @@ class SD35Quantize(io.ComfyNode):
             if control_net is not None:
                 attach = control_net, with_hint(control_net, vae, image)
             moments = calibration(model, clip, lines, side, steps, attach)
-        progress = comfy.utils.ProgressBar(1)
-
-        def on_layer(done: int, total: int) -> None:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            progress.update_absolute(done, total)
-
-        out, report = quantize_file(path, plan, moments, on_layer)
+        out, report = quantize_file(path, plan, moments, progress())
         text = f"{report.text()}\nWrote {out}. Press R to see it in the loaders."
         tell(text, cls.hidden.unique_id)
         return io.NodeOutput(ui=ui.PreviewText(text))

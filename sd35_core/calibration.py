@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +24,15 @@ TOKENS = 8192
 class Call(NamedTuple):
     """The inputs of one call of a network or, with a hint, of a ControlNet."""
 
-    x: Tensor
-    timestep: Tensor
-    context: Tensor | None
-    y: Tensor
-    hint: Tensor | None = None
+    x: Any
+    timestep: Any
+    context: Any
+    y: Any
+    hint: Any = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Call:
+        """With every tensor changed."""
+        return Call(*(None if tensor is None else change(tensor) for tensor in self))
 
 
 class Calls(list[Call]):
@@ -47,7 +52,7 @@ class Calls(list[Call]):
         for i in range(count):
             call = self[i * len(self) // count]
             picked = [(i + j * rows // each) % rows for j in range(each)]
-            found.append(Call(*(None if t is None else _rows(t, picked) for t in call)))
+            found.append(call.map(partial(_rows, rows=picked)))
         return found
 
 
@@ -68,8 +73,8 @@ def recorded(network: nn.Module) -> Iterator[Calls]:
         given = {**dict(zip(names, arguments)), **named}
         given["timestep"] = given.get("timesteps", given.get("timestep"))
         calls.base = given.get("base")
-        kept = {f: given.get(f) for f in Call._fields}
-        calls.append(Call(**{f: None if t is None else t.detach().cpu() for f, t in kept.items()}))
+        call = Call(*(given.get(field) for field in Call._fields))
+        calls.append(call.map(lambda tensor: tensor.detach().cpu()))
 
     handle = network.register_forward_pre_hook(keep, with_kwargs=True)
     try:

@@ -25,6 +25,8 @@ from .errors import CheckpointError, SettingError
 
 INT8, FP8, VQ2 = "int8_tensorwise", "float8_e4m3fn", "sd35_vq2"
 FORMATS = (INT8, FP8, VQ2)
+RAW_FP8 = "raw fp8"
+"""Weights cast to fp8, without scales and without a `comfy_quant` entry: for every loader."""
 VERSION = 1
 """Of sd35_vq2; a file of a newer one is refused."""
 GROUP = 128
@@ -45,6 +47,8 @@ def pack(weight: Tensor, form: str, moments: Tensor | None = None) -> Packed:
     moments: the layer's mean of x x^T, (in, in), for sd35_vq2; without, each vector of four
     weights takes its nearest entry. Raises SettingError when the width does not fit the groups.
     """
+    if form == RAW_FP8:
+        return {"weight": weight.to(torch.float8_e4m3fn)}
     weight = weight.float()
     config: dict[str, Any] = {"format": form}
     if form == INT8:
@@ -64,6 +68,8 @@ def pack(weight: Tensor, form: str, moments: Tensor | None = None) -> Packed:
 
 def unpack(packed: Mapping[str, Tensor], form: str, dtype: torch.dtype) -> Tensor:
     """The weight (out, in) that a layer's codes stand for, in `dtype`."""
+    if form == RAW_FP8:
+        return packed["weight"].to(dtype)
     codes, scale = packed["weight"], packed["weight_scale"]
     if form != VQ2:
         return codes.to(dtype) * scale.to(dtype)
@@ -200,6 +206,7 @@ class PackedLinear(nn.Module):
     """
 
     native = False
+    bias: Tensor | None
 
     def __init__(
         self,

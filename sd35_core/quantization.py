@@ -38,7 +38,7 @@ from .checkpoint import (
 from .config import Shape
 from .controlnet import config_of, controlnet
 from .errors import SD35Error, SettingError
-from .packing import FP8, INT8, VERSION, VQ2, is_packed, pack, unpack
+from .packing import FP8, INT8, RAW_FP8, VERSION, VQ2, is_packed, pack, unpack
 from .pipeline import Pipeline, Settings
 from .text_encoder import tokenizer
 
@@ -61,6 +61,10 @@ EIGHT_AT_LEAST = {
 """Layers that a 2-bit file keeps at 8 bits, and why."""
 
 
+EIGHT = {INT8: "int8", FP8: "fp8", RAW_FP8: "rawfp8"}
+"""The 8-bit formats, and what a file in each is called."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the layers of a file become; `eight` is the format of those with 8 bits."""
@@ -75,8 +79,8 @@ class Plan:
                 f"bits is {self.bits} and modulation bits is {self.modulation_bits}; "
                 "each can be 8 or 2."
             )
-        if self.eight not in (INT8, FP8):
-            raise SettingError(f"The 8-bit format is '{self.eight}'; known are {INT8} and {FP8}.")
+        if self.eight not in EIGHT:
+            raise SettingError(f"The 8-bit format is '{self.eight}'; known are {', '.join(EIGHT)}.")
 
     def format_of(self, name: str, shape: Shape) -> str | None:
         """A format for the tensor `name` (a key of Stability's), or None: it stays as it is."""
@@ -202,7 +206,7 @@ def relative_error(weight: Tensor, other: Tensor, moments: Tensor | None = None)
 def output_path(path: Path, plan: Plan, calibrated: bool) -> Path:
     """Beside the original, with what it is in its name."""
     if plan.bits == 8:
-        words = "int8" if plan.eight == INT8 else "fp8"
+        words = EIGHT[plan.eight]
     else:
         words = f"2bit_adaln{plan.modulation_bits}" + ("" if calibrated else "_datafree")
     return path.with_name(f"{path.stem}_{words}.safetensors")
@@ -251,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--out", type=Path, help="default: beside the file")
     parser.add_argument("--bits", type=int, choices=(8, 2), default=8)
-    parser.add_argument("--eight", choices=(INT8, FP8), default=INT8, help="the 8-bit format")
+    parser.add_argument("--eight", choices=list(EIGHT), default=INT8, help="the 8-bit format")
     parser.add_argument(
         "--modulation-bits", type=int, choices=(8, 2), default=8, help="of adaLN, in a 2-bit file"
     )

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
+import comfy.model_management
+import comfy.utils
 from server import PromptServer
 
 log = logging.getLogger("sd35")
+
+
+def progress() -> Callable[[int, int], None]:
+    """(done, total) -> the bar on the canvas; raises when the person has cancelled."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def show(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return show
 
 
 def tell(text: str, node_id: str | None) -> None:

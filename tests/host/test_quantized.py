@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sd35_core.checkpoint import load
-from sd35_core.packing import FP8, INT8, VQ2, format_of, packed_under, unpack
+from sd35_core.packing import FP8, INT8, RAW_FP8, VQ2, format_of, packed_under, unpack
 from sd35_core.quantization import Plan, quantize_file
 
 from .conftest import Conds, difference
@@ -185,6 +185,24 @@ def test_packed_controlnets_and_bases_steer_as_unpacked_ones(
     assert torch.equal(draw(ours, packed), draw(ours, dense))
     assert torch.equal(draw(model, dense), draw(twin, dense))
     assert difference(draw(ours, packed), ksampler(ours)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["canny 8b", "depth 2b"])
+def test_raw_fp8_controlnets_load_everywhere(
+    name: str, comfy: SimpleNamespace, packed_controls: Any, tmp_path: Path
+) -> None:
+    """In the host's own loader, which reads no scales, and here: the same weights."""
+    from comfy.controlnet import load_controlnet as load_stock
+
+    full = packed_controls[name][0].with_name(f"{name}.safetensors")
+    raw, _ = quantize_file(full, Plan(8, RAW_FP8), out=tmp_path / "raw.safetensors")
+    host = comfy.host_controlnet
+    ours = host.controlnet_from(comfy.loading.read(raw), host.Options()).control_model
+    stock = load_stock(str(raw)).control_model
+    key, original = "transformer_blocks.1.mlp.fc1.weight", load_file(full)
+    seen = ours.state_dict()[key].float()
+    assert torch.equal(seen, stock.state_dict()[key].float())
+    assert 0.01 < difference(seen, original[key]) < 0.1
 
 
 def test_quantizing_twice_and_newer_formats_are_refused(

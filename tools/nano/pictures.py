@@ -8,7 +8,7 @@ import tarfile
 import urllib.request
 from pathlib import Path
 
-from tools.host import cache_root
+from tools.host import cache_root, say
 
 URL = "https://registry.npmjs.org/@lobehub/fluent-emoji-3d/-/fluent-emoji-3d-1.1.0.tgz"
 SHA256 = "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
@@ -19,7 +19,7 @@ def emoji_folder() -> Path:
     folder = cache_root() / "fluent-emoji-3d-1.1.0"
     if folder.is_dir():
         return folder
-    print(f"downloading {URL}", flush=True)
+    say(f"Downloading {URL} (16 MB)")
     with urllib.request.urlopen(URL, timeout=60) as response:
         archive = response.read()
     found = hashlib.sha256(archive).hexdigest()
