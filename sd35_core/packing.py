@@ -275,7 +275,7 @@ def int8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """x (N, in) times codes (out, in)^T times scale (out, 1), with x rounded to int8: (N, out)."""
     per_token = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / 127
     rounded = (x / per_token).round().to(torch.int8)
-    product = torch._int_mm(rounded, codes.T)
+    product = torch._int_mm(rounded, codes.T)  # pyright: ignore[reportPrivateImportUsage]
     return (product * (per_token * scale.float().T)).to(x.dtype)
 
 
