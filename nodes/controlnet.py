@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..sd35_core import hints
 from ..sd35_core.errors import SettingError
 from .host import files
-from .host.controlnet import COMFYUI, STABILITY, Options, SD35ControlNet, controlnet_from
+from .host.controlnet import COMFYUI, STABILITY, Options, controlnet_from, from_loader
 from .host.loading import read
 from .host.packed import described
 from .host.report import tell
@@ -247,11 +247,7 @@ class SD35ControlHint(io.ComfyNode):
         depth_map: Any,
         normalise: bool,
     ) -> io.NodeOutput:
-        if not isinstance(control_net, SD35ControlNet):
-            raise SettingError(
-                f"This node needs a ControlNet from SD35ControlNetLoader; it got a "
-                f"{type(control_net).__name__}."
-            )
+        control_net = from_loader(control_net)
         said = control_net.config.control_type
         if kind == FROM_CONTROL_NET:
             kind = said or ""

@@ -12,7 +12,7 @@ from ..sd35_core.packing import FP8, INT8, RAW_FP8
 from ..sd35_core.quantization import Plan, quantize_file
 from .controlnet import SD35ControlNetApply
 from .host.calibration import calibration
-from .host.controlnet import SD35ControlNet
+from .host.controlnet import SD35ControlNet, from_loader
 from .host.report import progress, tell
 
 FORMATS = {
@@ -133,7 +133,7 @@ class SD35Quantize(io.ComfyNode):
     ) -> io.NodeOutput:
         bits, eight = FORMATS[format]
         plan = Plan(bits, eight, MODULATION[modulation])
-        path = control_net_path(control_net) if control_net is not None else model_path(model)
+        path = from_loader(control_net).path if control_net is not None else model_path(model)
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         moments = None
         if bits == 2 and clip is not None and lines:
@@ -168,16 +168,6 @@ def model_path(model: Any) -> Path:
             "directly."
         )
     return Path(factory[1][0])
-
-
-def control_net_path(control_net: Any) -> Path:
-    """The file of a CONTROL_NET. Raises SettingError for one that isn't ours."""
-    if not isinstance(control_net, SD35ControlNet):
-        raise SettingError(
-            f"This node needs a ControlNet from SD35ControlNetLoader; it got a "
-            f"{type(control_net).__name__}."
-        )
-    return control_net.path
 
 
 def with_hint(control_net: SD35ControlNet, vae: Any, image: Any) -> Any:

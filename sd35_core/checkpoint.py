@@ -21,7 +21,7 @@ from .config import MMDiTXConfig, Shapes, config_from_shapes
 from .errors import CheckpointError
 from .layers import Operations
 from .mmditx import MMDiTX
-from .packing import VQ2, PackedOperations, check_packed, is_packed, packed_under
+from .packing import PackedOperations, check_packed, is_packed, is_vectors, packed_under
 
 StateDict = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
@@ -207,12 +207,13 @@ def diffusion_model(state_dict: Mapping[str, Tensor], source: str = "this file")
     for prefix in PREFIXES:
         if prefix + MARK in state_dict:
             return under(state_dict, prefix)
-        if prefix + DIFFUSERS_MARK in state_dict and not _is_controlnet(state_dict, prefix):
+        if prefix + DIFFUSERS_MARK in state_dict and not is_controlnet(state_dict, prefix):
             return from_diffusers(under(state_dict, prefix), source)
     raise CheckpointError(f"{source} is not an SD3.5 diffusion model: {_looks_like(state_dict)}")
 
 
-def _is_controlnet(state_dict: Mapping[str, Tensor], prefix: str = "") -> bool:
+def is_controlnet(state_dict: Mapping[str, Tensor], prefix: str = "") -> bool:
+    """Whether a file is a ControlNet of some kind, by its keys."""
     return any(prefix + mark in state_dict for mark in CONTROLNET_MARKS)
 
 
@@ -233,7 +234,7 @@ def keys_under(state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:
 
 
 def _looks_like(state_dict: Mapping[str, Tensor]) -> str:
-    if _is_controlnet(state_dict):
+    if is_controlnet(state_dict):
         return "it is a ControlNet. Load it with a ControlNet loader and choose a model here."
     if any(mark in state_dict for mark in VAE_MARKS) or any("taesd_" in k for k in state_dict):
         return "it is a VAE. Choose it in the vae widget and a diffusion model here."
@@ -339,7 +340,7 @@ def check_tensors(
             )
     for layer in packed:
         entries = packed_under(state_dict, f"{layer}.")
-        if entries and VQ2.encode() in bytes(entries["comfy_quant"].tolist()):
+        if entries and is_vectors(entries):
             check_packed(entries, expected[f"{layer}.weight"], layer)
     for key in expected:
         if not _finite(state_dict[key]):

@@ -287,6 +287,11 @@ def packed_under(state_dict: Mapping[str, Tensor], prefix: str) -> Packed:
     return {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
 
 
+def is_vectors(packed: Mapping[str, Tensor]) -> bool:
+    """Whether a layer's `comfy_quant` names the format that is this pack's own."""
+    return VQ2.encode() in bytes(packed["comfy_quant"].tolist())
+
+
 def is_packed(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether any layer is packed, by this pack or by ComfyUI."""
     return any(key.endswith(".comfy_quant") for key in state_dict)

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from .calibration import Moments, moments_of, recorded
 from .checkpoint import (
-    CONTROLNET_MARKS,
     MARK,
     OTHER_MODELS,
     PREFIXES,
@@ -32,6 +31,7 @@ from .checkpoint import (
     TensorFile,
     checked_config,
     diffusion_model,
+    is_controlnet,
     shapes_of,
     write_file,
 )
@@ -46,7 +46,7 @@ log = logging.getLogger("sd35")
 
 PRECISE = {
     r"x_embedder\.": "the only way in for the picture; 0.1 % of the weights",
-    r"pos_embed": "places of patches; neither a product nor large",
+    r"pos_embed": "places of patches: a table, not a product, and a ControlNet's way in",
     r"t_embedder\.": "noise level; every block depends on it",
     r"y_embedder\.": "pooled text; every block depends on it",
     r"context_embedder\.": "the only way in for the prompt",
@@ -154,17 +154,16 @@ def quantized(
     hears how many layers are done, and may raise to stop. Raises SettingError for a model that is
     packed already or does not fit.
     """
+    if is_packed(tensors):
+        raise _quantized_already()
     forms = {k: f for k, s in shapes_of(tensors).items() if (f := plan.format_of(k, s)) is not None}
     found: StateDict = {}
     layers: list[Layer] = []
 
     def take(key: str, second: Tensor | None) -> None:
         weight = tensors[key] if second is None else tensors[key].to(second.device)
-        if is_packed(tensors) or weight.dtype.itemsize == 1:
-            raise SettingError(
-                "This model is quantized already; quantizing it again would add up the errors. "
-                "Start from the original file."
-            )
+        if weight.dtype.itemsize == 1:
+            raise _quantized_already()
         packed = pack(weight, forms[key], second)
         prefix = key.removesuffix("weight")
         found.update({prefix + name: tensor.cpu() for name, tensor in packed.items()})
@@ -185,6 +184,13 @@ def quantized(
     before = _bytes(rest.values()) + sum(layer.before for layer in layers)
     report = Report(plan, moments is not None, layers, before, _bytes(found.values()))
     return found, report
+
+
+def _quantized_already() -> SettingError:
+    return SettingError(
+        "This model is quantized already; quantizing it again would add up the errors. Start from "
+        "the original file."
+    )
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -226,7 +232,7 @@ def quantize_file(
     """
     file, source = TensorFile(path), f"'{path.name}'"
     prefix = next((p for p in PREFIXES if p + MARK in file), "")
-    if CONTROLNET_MARKS[1] in file:
+    if is_controlnet(file):
         tensors = controlnet(file, source)
         config_of(tensors, source)
     else:

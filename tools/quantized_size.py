@@ -70,7 +70,7 @@ def load(path: Path) -> int:
     from tools.full_size import peak_gib
 
     before = peak_gib()
-    is_control = "pos_embed_input.proj.weight" in checkpoint.TensorFile(path)
+    is_control = checkpoint.is_controlnet(checkpoint.TensorFile(path))
     network = controlnet.load_controlnet(path) if is_control else checkpoint.load(path)
     print(f"{(peak_gib() - before) * 2**30 / path.stat().st_size:.2f}")
     assert network is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_management
@@ -20,8 +20,9 @@ CFG = 4.0
 
 def calibration(
     model: Any, clip: Any, prompts: list[str], side: int, steps: int, attach: Any = None
-) -> Iterable[Moments]:
-    """The moments of a MODEL's layers, or of a ControlNet's, while it draws square pictures.
+) -> Iterator[Moments]:
+    """The moments of a MODEL's layers, or of a ControlNet's, while it draws square pictures; it
+    draws when the first are asked for.
 
     attach: (ControlNet object, positive, negative -> both with it), to calibrate a ControlNet.
     """
@@ -39,12 +40,13 @@ def calibration(
             pair = encoded(clip, prompt), negative
             positive, negated = attach[1](*pair) if attach else pair
             sample(model, positive, negated, latent, seed, CFG, "euler", levels)
-    comfy.model_management.load_models_gpu([model])
     chosen, device = calls.chosen(), model.load_device
     if control is None:
-        return moments_of(network, chosen, device)
-    comfy.model_management.load_models_gpu([model, attach[0].control_model_wrapped])
-    return moments_of_controlnet(control, calls.base, chosen, device)
+        comfy.model_management.load_models_gpu([model])
+        yield from moments_of(network, chosen, device)
+    else:
+        comfy.model_management.load_models_gpu([model, attach[0].control_model_wrapped])
+        yield from moments_of_controlnet(control, calls.base, chosen, device)
 
 
 def encoded(clip: Any, text: str) -> Any:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import comfy.controlnet
@@ -253,6 +252,16 @@ def check_fit(config: ControlNetConfig, base: Base) -> None:
     config.spread(base.depth)
 
 
+def from_loader(control_net: Any) -> SD35ControlNet:
+    """A CONTROL_NET of this pack. Raises SettingError for another."""
+    if not isinstance(control_net, SD35ControlNet):
+        raise SettingError(
+            f"This node needs a ControlNet from SD35ControlNetLoader; it got a "
+            f"{type(control_net).__name__}."
+        )
+    return control_net
+
+
 def controlnet_from(file: ModelFile, options: Options) -> SD35ControlNet:
     """The CONTROL_NET in a file, its dtype and devices chosen by the host.
 
@@ -266,8 +275,7 @@ def controlnet_from(file: ModelFile, options: Options) -> SD35ControlNet:
     dtype = management.unet_dtype(model_params=comfy.utils.calculate_parameters(tensors))
     compute = management.unet_manual_cast(dtype, device)
     if is_packed(tensors):
-        quantized = SimpleNamespace(quant_config={"mixed_ops": True})
-        operations = packed.operations(dtype, compute or dtype, quantized)
+        operations = packed.operations(dtype, compute or dtype)
     else:
         operations = comfy.ops.pick_operations(dtype, compute, disable_fast_fp8=True)
     model = ControlNetEmbedder(config, operations, dtype=dtype, device=offload_device)

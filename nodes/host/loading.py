@@ -82,7 +82,7 @@ def model_from(file: ModelFile, weight_dtype: str, disable_dynamic: bool = False
     config.set_inference_dtype(dtype, compute)
     config.optimizations["fp8"] = options.get("fp8_optimizations", False)
     if quantized:
-        config.custom_operations = packed.operations(dtype, compute, config)
+        config.custom_operations = packed.operations(dtype, compute)
 
     model = config.get_model(found)
     patcher_class = comfy.model_patcher.CoreModelPatcher

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_patcher
@@ -16,7 +17,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ...sd35_core.errors import SettingError
-from ...sd35_core.packing import VQ2, check_packed, format_of, packed_under, vectors
+from ...sd35_core.packing import VQ2, check_packed, is_vectors, packed_under, vectors
 
 LAYOUT = "SD35VectorLayout"
 """The name under which the host's tensors find how 2-bit weights are unpacked."""
@@ -60,9 +61,10 @@ def vector_layout() -> Any:
     return VectorLayout
 
 
-def operations(dtype: Any, compute_dtype: Any, model_config: Any) -> Any:
+def operations(dtype: Any, compute_dtype: Any) -> Any:
     """The host's layers for packed weights, which know 2 bits as well."""
-    host = comfy.ops.pick_operations(dtype, compute_dtype, model_config=model_config)
+    described = SimpleNamespace(quant_config={"mixed_ops": True})
+    host = comfy.ops.pick_operations(dtype, compute_dtype, model_config=described)
 
     class Linear(host.Linear):
         def _load_from_state_dict(
@@ -70,7 +72,7 @@ def operations(dtype: Any, compute_dtype: Any, model_config: Any) -> Any:
             missing: list[str], *rest: Any,
         ) -> None:  # fmt: skip
             packed = packed_under(state_dict, prefix)
-            if not packed or format_of(packed, prefix[:-1]) != VQ2:
+            if not packed or not is_vectors(packed):
                 super()._load_from_state_dict(
                     state_dict, prefix, local_metadata, strict, missing, *rest
                 )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from tools import host as hosts
@@ -131,6 +132,23 @@ def test_hints_that_are_no_match_for_the_latents(
     assert "got 2 pictures for 1 latents" in error_of(server, two)
     assert picture(server, changed(steered, start=0.5, end=0.7)).shape == (128, 128, 3)
     assert "start is 0.8 and end is 0.2" in error_of(server, changed(steered, start=0.8, end=0.2))
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGBA", "P"])
+def test_hint_files_of_every_depth_steer(
+    server: hosts.Server, steered: dict[str, Any], base: Path, mode: str
+) -> None:
+    """Grey, 16-bit, with alpha and with a palette, of another size than the picture."""
+    ramp = np.linspace(0, 65535 if mode == "I;16" else 255, 96 * 64).reshape(64, 96)
+    if mode == "I;16":
+        image = Image.fromarray(ramp.astype(np.uint16))
+    else:
+        image = Image.fromarray(ramp.astype(np.uint8)).convert("RGB").convert(mode)
+    image.save(base / "input" / "hint.png")
+    prompt = copy.deepcopy(steered)
+    prompt["21"] = {"class_type": "LoadImage", "inputs": {"image": "hint.png"}}
+    seen = picture(server, prompt)
+    assert seen.shape == (128, 128, 3) and not np.array_equal(seen, picture(server, steered))
 
 
 def test_a_hint_is_checked_against_its_controlnet(

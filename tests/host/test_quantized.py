@@ -85,6 +85,23 @@ def test_8_bits_in_the_stock_loader_give_the_same_latents(
     assert 1e-5 < difference(seen, ksampler(ours)) < 0.5
 
 
+def test_the_hosts_other_formats_load_as_in_the_stock_loader(
+    comfy: SimpleNamespace, small: Path, ksampler: Any, tmp_path: Path
+) -> None:
+    """Formats that the host knows and this pack does not make: fp8 e5m2."""
+    tensors = load_file(small)
+    for key in [k for k in tensors if k.endswith("mlp.fc1.weight")]:
+        prefix = key.removesuffix("weight")
+        tensors[key] = tensors[key].to(torch.float8_e5m2)
+        tensors[prefix + "weight_scale"] = torch.tensor(1.5)
+        text = b'{"format": "float8_e5m2", "full_precision_matrix_mult": true}'
+        tensors[prefix + "comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+    path = tmp_path / "e5m2.safetensors"
+    save_file(tensors, path)
+    seen = ksampler(comfy.loading.load_model(str(path), "default"))
+    assert difference(seen, ksampler(comfy.sd.load_diffusion_model(str(path)))) < 1e-5
+
+
 def test_2_bits_in_the_stock_loader_fail_loudly(comfy: SimpleNamespace, quantized: Any) -> None:
     with pytest.raises(Exception, match=VQ2):
         comfy.sd.load_diffusion_model(str(quantized["2 bit"]))

@@ -23,12 +23,12 @@ from .prepare import clip_tokenizer
 from .scenes import Scene, article
 from .scoring import (
     MODEL,
+    MODEL_FILE,
     ROOT,
     Figures,
     draw,
     figures_of,
     judge_all,
-    model_file,
     sheet_of,
     unseen,
 )
@@ -186,7 +186,7 @@ def table(found: dict[str, Figures], first: str) -> str:
 
 
 def main() -> None:
-    pipeline = Pipeline.load(model_file(MODEL), clip_tokenizer())
+    pipeline = Pipeline.load(MODEL_FILE, clip_tokenizer())
     known = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
     wanted = sys.argv[1:] or [name for name in PARTS if name not in known]
     for name in tqdm(wanted):
