@@ -5,19 +5,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .errors import CheckpointError
 
 HEAD_WIDTH = 64
 TIMESTEP_WIDTH = 256
+AXES = "pos_embed_axes"
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
 
 @dataclass(frozen=True)
 class MMDiTXConfig:
-    """Everything that distinguishes one MMDiT-X from another; the constructor's only argument."""
+    """Everything that distinguishes one MMDiT-X from another; the constructor's only argument.
+
+    `axes`: the position table lies as its columns and rows (2-bit files; Medium's whole table
+    would be a quarter of one).
+    """
 
     depth: int
     hidden: int
@@ -28,6 +33,7 @@ class MMDiTXConfig:
     dual_blocks: tuple[int, ...] = ()
     in_channels: int = 16
     patch_size: int = 2
+    axes: bool = field(default=False, compare=False)
 
     @property
     def heads(self) -> int:
@@ -80,7 +86,8 @@ def config_from_shapes(shapes: Shapes, source: str = "this file") -> MMDiTXConfi
     blocks = {int(m[1]) for key in shapes if (m := re.match(r"joint_blocks\.(\d+)\.", key))}
     depth = max(blocks, default=-1) + 1
     hidden, channels, patch, _ = shape_of("x_embedder.proj.weight", 4)
-    positions = shape_of("pos_embed", 3)[1]
+    axes = AXES in shapes
+    positions = shape_of(AXES, 3)[1] ** 2 if axes else shape_of("pos_embed", 3)[1]
     table = math.isqrt(positions)
     if depth == 0 or hidden % HEAD_WIDTH or table * table != positions:
         raise CheckpointError(
@@ -100,4 +107,5 @@ def config_from_shapes(shapes: Shapes, source: str = "this file") -> MMDiTXConfi
         ),
         in_channels=channels,
         patch_size=patch,
+        axes=axes,
     )

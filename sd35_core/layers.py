@@ -47,9 +47,25 @@ def grid_positions(rows: Tensor, columns: Tensor, width: int) -> Tensor:
         angles = coordinates.double()[:, None] * 10000.0 ** -exponents.double()
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
-    across = axis(columns).repeat(len(rows), 1)
-    down = axis(rows).repeat_interleave(len(columns), dim=0)
-    return torch.cat([across, down], dim=-1)[None].float()
+    return joined_axes(axis(columns), axis(rows)).float()
+
+
+def joined_axes(columns: Tensor, rows: Tensor) -> Tensor:
+    """A table (1, R * C, width) of columns' (C, width / 2) and rows' (R, width / 2) halves."""
+    across = columns.repeat(len(rows), 1)
+    down = rows.repeat_interleave(len(columns), dim=0)
+    return torch.cat([across, down], dim=-1)[None]
+
+
+def split_axes(table: Tensor) -> Tensor | None:
+    """(1, n * n, width) -> (2, n, width / 2), whose `joined_axes` are the same numbers.
+
+    None for a table that isn't made of columns and rows.
+    """
+    size = math.isqrt(table.shape[1])
+    columns, rows = table.unflatten(1, (size, size))[0].chunk(2, dim=-1)
+    axes = torch.stack([columns[0], rows[:, 0]])
+    return axes if torch.equal(joined_axes(*axes), table) else None
 
 
 class Embedder(nn.Module):

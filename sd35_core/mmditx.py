@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import TIMESTEP_WIDTH, MMDiTXConfig
+from .config import AXES, TIMESTEP_WIDTH, MMDiTXConfig
 from .errors import SettingError
 from .layers import (
     Attend,
@@ -21,6 +21,7 @@ from .layers import (
     Operations,
     PatchEmbedder,
     attention,
+    joined_axes,
     sinusoid,
 )
 
@@ -76,9 +77,12 @@ class MMDiTX(nn.Module):
         self.y_embedder = Embedder(config.pooled_dim, hidden, operations, **factory)
         self.context_embedder = operations.Linear(config.context_dim, hidden, **factory)
         self.pos_embed: Tensor
-        self.register_buffer(
-            "pos_embed", torch.empty(1, config.pos_embed_max_size**2, hidden, **factory)
-        )
+        self.pos_embed_axes: Tensor
+        size = config.pos_embed_max_size
+        if config.axes:
+            self.register_buffer(AXES, torch.empty(2, size, hidden // 2, **factory))
+        else:
+            self.register_buffer("pos_embed", torch.empty(1, size**2, hidden, **factory))
         self.joint_blocks = nn.ModuleList(
             JointBlock(
                 hidden,
@@ -154,6 +158,9 @@ class MMDiTX(nn.Module):
                 f"table ends at {size * pixels}x{size * pixels}. Make the latent smaller."
             )
         top, left = (size - rows) // 2, (size - columns) // 2
+        if self.config.axes:
+            across, down = self.pos_embed_axes
+            return joined_axes(across[left : left + columns], down[top : top + rows])
         table = self.pos_embed.unflatten(1, (size, size))
         return table[:, top : top + rows, left : left + columns].flatten(1, 2)
 

@@ -59,7 +59,7 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.network.pos_embed.device
+        return self.network.x_embedder.proj.weight.device
 
     def encode(self, captions: list[str], without: str = "") -> tuple[Tensor, Tensor]:
         """Context (B, 77, 4096) and pooled (B, width) of the captions.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def counted(network: Any, plan: Any) -> int:
     total = 0
     for key, tensor in network.state_dict().items():
         form, shape = plan.format_of(key, tuple(tensor.shape)), tuple(tensor.shape)
-        if form is None:
+        if key == "pos_embed" and plan.bits == 2:
+            total += 2 * 2 * isqrt(shape[1]) * shape[2] // 2
+        elif form is None:
             total += 2 * tensor.numel()
         elif form == VQ2:
             rows, columns = shape
@@ -55,12 +58,16 @@ def write(network: Any, path: Path) -> None:
     import torch
 
     from sd35_core.checkpoint import write_file
+    from sd35_core.layers import grid_positions
 
     generator = torch.Generator().manual_seed(0)
     tensors = {
         key: torch.empty(t.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
         for key, t in network.state_dict().items()
     }
+    if "pos_embed" in tensors:
+        places = torch.arange(network.config.pos_embed_max_size)
+        tensors["pos_embed"] = grid_positions(places, places, network.config.hidden).bfloat16()
     write_file(path, tensors, {})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +62,7 @@ def test_a_model_is_written_beside_the_original(
     settings = {"positive": conds[0], "negative": conds[1]}
     expected = ksampler(parts.model, **settings)
     errors = {}
+    expected_score = {"int8": "97.4%", "2bit_adaln8_datafree": "83.8%", "2bit_adaln8": "90.6%"}
     for name, format, given in (
         ("int8", "8 bit (int8)", {}),
         ("2bit_adaln8_datafree", "2 bit", {}),
@@ -72,6 +74,7 @@ def test_a_model_is_written_beside_the_original(
         assert out.stat().st_size < NANO.stat().st_size
         again = comfy.loading.load_model(str(out), "default")
         errors[name] = difference(ksampler(again, **settings), expected)
+        assert f"97.4% before, {expected_score[name]} after" in report
     assert errors["int8"] < 0.1 and errors["2bit_adaln8"] < errors["2bit_adaln8_datafree"]
     file = TensorFile(folder / "sd35_nano_2bit_adaln8.safetensors")
     assert any(key.startswith("text_encoders.") for key in file), "the other parts are kept"
@@ -116,6 +119,23 @@ def test_what_has_no_file_of_its_own_is_refused(
     with pytest.raises(Exception, match="quantized already"):
         quantize("2 bit", model=twice)
     assert {path.name for path in set(folder.iterdir()) - before} == {"sd35_nano_int8.safetensors"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits a file's size as POSIX does")
+def test_a_full_disk_leaves_the_older_file(folder: Path, parts: Any, quantize: Any) -> None:
+    import resource
+
+    older = folder / "sd35_nano_int8.safetensors"
+    older.write_bytes(b"older")
+    before = set(folder.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, limits[1]))
+    try:
+        with pytest.raises(Exception, match=r"could not be written \(30 MB\).*Make room"):
+            quantize("8 bit (int8)", model=parts.model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert set(folder.iterdir()) == before and older.read_bytes() == b"older"
 
 
 def test_a_cancelled_run_leaves_nothing(

@@ -47,6 +47,7 @@ ALLOWED = {
         "config",
         "controlnet",
         "errors",
+        "layers",
         "packing",
         "pipeline",
         "text_encoder",

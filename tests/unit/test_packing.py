@@ -17,6 +17,7 @@ from sd35_core.checkpoint import TensorFile, load
 from sd35_core.config import MMDiTXConfig
 from sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder, load_controlnet
 from sd35_core.errors import CheckpointError, SettingError
+from sd35_core.layers import grid_positions, split_axes
 from sd35_core.packing import FP8, INT8, VQ2, NativeLinear, PackedLinear, pack, unpack
 from sd35_core.quantization import Plan, quantize_file, relative_error
 
@@ -148,6 +149,23 @@ def test_a_damaged_layer_is_refused(change: dict, words: str, weight: Tensor) ->
     layer = PackedLinear(512, 256, bias=False, device="meta")
     with pytest.raises((CheckpointError, RuntimeError), match=words):
         layer.load_state_dict(state, assign=True)
+
+
+def test_a_position_table_of_columns_and_rows_is_stored_as_these(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    places = torch.arange(SMALL.pos_embed_max_size)
+    table = grid_positions(places, places, SMALL.hidden).half()
+    save_file({**{k: t.half() for k, t in random_weights(SMALL).items()}, "pos_embed": table}, path)
+    whole = load(path)
+    for plan, stored in ((Plan(8), "pos_embed"), (Plan(2), "pos_embed_axes")):
+        out, report = quantize_file(path, plan)
+        file, packed = TensorFile(out), load(out)
+        assert [k for k in file if k.startswith("pos_embed")] == [stored]
+        assert packed.config == whole.config
+        assert torch.equal(packed.positions(4, 6), whole.positions(4, 6))
+        assert torch.equal(packed.positions(16, 15), whole.positions(16, 15))
+    table[0, 5, 7] += 1
+    assert split_axes(table) is None
 
 
 @pytest.mark.parametrize("values", [(3, INT8, 8), (8, "int4", 8), (2, INT8, 4)])

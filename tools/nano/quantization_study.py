@@ -8,6 +8,7 @@ of the same pictures in each format. Takes about twenty minutes on two cores.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable
@@ -27,7 +28,7 @@ from sd35_core.dataset import encoded_hint
 from sd35_core.latent import to_model
 from sd35_core.packing import FP8, INT8, VQ2, pack, unpack
 from sd35_core.pipeline import Pipeline
-from sd35_core.quantization import Plan, quantize_file, relative_error
+from sd35_core.quantization import Plan, output_path, quantize_file, relative_error
 
 from .blocks import Q2_K_BITS, Q8_0_BITS, q2_k, q8_0
 from .control_study import FOLDER, QUICK, Scenes, figures
@@ -124,7 +125,11 @@ def cosine(file: Path, calls: list[Any]) -> float:
 def main() -> None:
     pipeline = Pipeline.load(MODEL_FILE, clip_tokenizer())
     calls = calibration(pipeline)
-    found: dict[str, Any] = {"layers": layer_errors(pipeline, calls), "formats": {}}
+    found: dict[str, Any] = {
+        "sha256": hashlib.sha256(MODEL_FILE.read_bytes()).hexdigest(),
+        "layers": layer_errors(pipeline, calls),
+        "formats": {},
+    }
     scenes, steered = unseen(COUNT), Scenes(100)
     rows: list[Image.Image] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +149,9 @@ def main() -> None:
                     path, _ = quantize_file(path, how[0], moments, out=Path(folder, kind))
                 drawn = steered.draw(pipeline, kind, path, QUICK)
                 control[kind] = figures(drawn, steered.shown)["edge F1"]
+            named = MODEL_FILE if how is None else output_path(MODEL_FILE, *how)
             found["formats"][name] = {
+                "file": named.name,
                 "bytes": file.stat().st_size,
                 "cosine": cosine(file, calls),
                 "score": figures_of(scenes, judge_all(pictures, scenes)),
