@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from .host import files, loading, text
 from .host.report import tell
+from .host.resting import AUTO, MODES
 
 FROM_MODEL = "from model file"
 NONE = "none"
@@ -58,6 +59,16 @@ class SD35Loader(io.ComfyNode):
                     "and changes the picture a little; default keeps what the file has.",
                     advanced=True,
                 ),
+                io.Combo.Input(
+                    "modulation_cache",
+                    options=list(MODES),
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip="A third of the weights depend on step and prompt alone. With the "
+                    "cache they are used once at a run's start and stay off the card: the same "
+                    "picture, less memory. auto: when the model doesn't fit.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The diffusion model."),
@@ -69,7 +80,7 @@ class SD35Loader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(
-        cls, model: str, clip_l: str, clip_g: str, t5xxl: str, vae: str, weight_dtype: str
+        cls, model: str, clip_l: str, clip_g: str, t5xxl: str, vae: str, **_: str
     ) -> list[tuple[str, int, int]]:
         """Changes when a chosen file is replaced, so that it is loaded again."""
         encoders = {"clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl}
@@ -80,10 +91,17 @@ class SD35Loader(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: str, clip_l: str, clip_g: str, t5xxl: str, vae: str, weight_dtype: str
+        cls,
+        model: str,
+        clip_l: str,
+        clip_g: str,
+        t5xxl: str,
+        vae: str,
+        weight_dtype: str,
+        modulation_cache: str = AUTO,
     ) -> io.NodeOutput:
         file = loading.read(files.model_path(model))
-        patcher = loading.model_from(file, weight_dtype)
+        patcher = loading.model_from(file, weight_dtype, modulation_cache)
         encoders = encoder_paths({"clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl})
         clip = text.clip_from(file, encoders) if encoders else None
         if vae == NONE:

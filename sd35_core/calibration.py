@@ -122,7 +122,8 @@ def moments_of(network: MMDiTX, calls: list[Call], device: torch.device) -> Iter
     states = []
     for call in calls:
         x, timestep, context, y = _on(device, call.x, call.timestep, call.context, call.y)
-        states.append(network.start(x, timestep, context, y, None))
+        c = network.conditioning(timestep, y)
+        states.append((network.context_embedder(context), network.embed(x), c))
     for i, block in enumerate(network.joint_blocks):
         with gathered(block, f"joint_blocks.{i}") as found:
             states = [(*block(context, x, c), c) for context, x, c in states]

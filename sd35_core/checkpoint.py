@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import MMDiTXConfig, Shapes, config_from_shapes
+from .config import AXES, MMDiTXConfig, Shapes, config_from_shapes
 from .errors import CheckpointError
-from .layers import Operations
+from .layers import Operations, joined_axes, split_axes
 from .mmditx import MMDiTX
 from .packing import PackedOperations, check_packed, is_packed, is_vectors, packed_under
 
@@ -355,6 +355,23 @@ def _finite(tensor: Tensor) -> bool:
     if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1 or tensor.numel() == 0:
         return True
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
+
+
+def with_axes(tensors: StateDict) -> StateDict:
+    """With the position table as its columns and rows, where that is the same: Medium's whole one
+    takes 0.45 GB at 16 bits. Files for other programs keep the table."""
+    axes = split_axes(tensors["pos_embed"]) if "pos_embed" in tensors else None
+    if axes is None:
+        return tensors
+    return {**{key: t for key, t in tensors.items() if key != "pos_embed"}, AXES: axes}
+
+
+def with_table(tensors: StateDict) -> StateDict:
+    """`with_axes` undone, for saving."""
+    if AXES not in tensors:
+        return tensors
+    table = joined_axes(*tensors[AXES])
+    return {**{key: t for key, t in tensors.items() if key != AXES}, "pos_embed": table}
 
 
 def load(path: str | Path, operations: Operations | None = None, dtype: Any = None) -> MMDiTX:

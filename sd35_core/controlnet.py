@@ -33,6 +33,7 @@ from .layers import (
     Operations,
     PatchEmbedder,
     Stream,
+    attended_to,
     attention,
     modulate,
     sinusoid,
@@ -89,9 +90,9 @@ class ControlNetBlock(Stream):
 
     def forward(self, x: Tensor, c: Tensor, attend: Attend = attention) -> Tensor:
         """x: (B, N, hidden), c: (B, hidden) -> the next x."""
-        modulation = self.modulation(c)
-        q, k, v = self.attn.heads(modulate(self.norm1(x), *modulation[:2]))
-        return self.finish(x, attend(q, k, v, 0), modulation)
+        modulation = self.parts(self.modulation(c))
+        heads = self.attn.heads(modulate(self.norm1(x), *modulation[:2]))
+        return self.finish(x, attended_to(attend, heads, 0), modulation)
 
 
 class ControlNetEmbedder(nn.Module):

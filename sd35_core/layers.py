@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,13 +17,23 @@ Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 The first `context tokens` of L are text, the rest image; 0 means the image attends to itself."""
 
+ROWS = 16
+
 Operations = Any
-"""A namespace with torch.nn's Linear, Conv2d, LayerNorm and RMSNorm; torch.nn itself by default."""
+"""A namespace with torch.nn's Linear, Conv2d, LayerNorm and RMSNorm; torch.nn itself by default.
+
+It may have a `linear_gelu` in place of this module's."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, context_tokens: int) -> Tensor:
     """Scaled dot-product attention by torch, the default `Attend`."""
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def attended_to(attend: Attend, heads: Iterable[Tensor], context_tokens: int) -> Tensor:
+    """The attention of q, k, v as `Attention.heads` gives them, each (B, L, heads, 64)."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in heads)
+    return attend(q, k, v, context_tokens)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -65,7 +75,17 @@ def split_axes(table: Tensor) -> Tensor | None:
     size = math.isqrt(table.shape[1])
     columns, rows = table.unflatten(1, (size, size))[0].chunk(2, dim=-1)
     axes = torch.stack([columns[0], rows[:, 0]])
-    return axes if torch.equal(joined_axes(*axes), table) else None
+    same = (
+        torch.equal(columns[i], columns[0]) and torch.equal(rows[i], rows[i, :1].expand_as(rows[i]))
+        for i in range(size)
+    )
+    return axes if all(same) else None
+
+
+def by_rows(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """layer(x) of (B, width), always 16 rows in a call: a row gives the same in every batch."""
+    parts = F.pad(x, (0, 0, 0, -len(x) % ROWS)).split(ROWS)
+    return torch.cat([layer(part) for part in parts])[: len(x)]
 
 
 class Embedder(nn.Module):
@@ -93,7 +113,12 @@ class PatchEmbedder(nn.Module):
         self.proj = operations.Conv2d(channels, hidden, kernel_size=patch, stride=patch, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
+
+
+def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
+    """GELU (tanh form) of a Linear's output."""
+    return F.gelu(layer(x), approximate="tanh")
 
 
 class Mlp(nn.Module):
@@ -101,11 +126,12 @@ class Mlp(nn.Module):
 
     def __init__(self, hidden: int, operations: Operations, **factory: Any):
         super().__init__()
+        self.linear_gelu = getattr(operations, "linear_gelu", linear_gelu)
         self.fc1 = operations.Linear(hidden, 4 * hidden, **factory)
         self.fc2 = operations.Linear(4 * hidden, hidden, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.linear_gelu(self.fc1, x))
 
 
 class Attention(nn.Module):
@@ -129,8 +155,8 @@ class Attention(nn.Module):
             self.ln_k = operations.RMSNorm(HEAD_WIDTH, eps=1e-6, **factory)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, hidden) -> q, k, v, each (B, heads, L, 64)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
+        """(B, L, hidden) -> q, k, v, each (B, L, heads, 64)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, HEAD_WIDTH)).unbind(2)
         if self.qk_norm:
             q, k = self.ln_q(q), self.ln_k(k)
         return q, k, v
@@ -168,9 +194,13 @@ class Stream(nn.Module):
             nn.SiLU(), operations.Linear(hidden, self.modulations * hidden, **factory)
         )
 
-    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
-        """(B, hidden) -> shift, scale, gate of attention, of the MLP, of attn2; (B, 1, hidden)."""
-        return self.adaLN_modulation(c)[:, None].chunk(self.modulations, dim=-1)
+    def modulation(self, c: Tensor) -> Tensor:
+        """(B, hidden) -> shift, scale, gate of attention, of the MLP, of attn2, side by side."""
+        return by_rows(self.adaLN_modulation, c)
+
+    def parts(self, modulation: Tensor) -> tuple[Tensor, ...]:
+        """The parts of a modulation, each (B, 1, hidden)."""
+        return modulation[:, None].chunk(self.modulations, dim=-1)
 
     def finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """Add the gated attention, then the gated MLP."""
@@ -195,25 +225,39 @@ class JointBlock(nn.Module):
         self.context_block = Stream(hidden, qk_norm, operations, pre_only=last, **factory)
         self.x_block = Stream(hidden, qk_norm, operations, dual=dual, **factory)
 
+    def modulation(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, hidden) -> the text's and the image's modulation."""
+        return self.context_block.modulation(c), self.x_block.modulation(c)
+
     def forward(
-        self, context: Tensor, x: Tensor, c: Tensor, attend: Attend = attention
+        self,
+        context: Tensor,
+        x: Tensor,
+        c: Tensor,
+        attend: Attend = attention,
+        modulation: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """context: (B, L, hidden), x: (B, N, hidden), c: (B, hidden) -> the next context and x."""
+        """context: (B, L, hidden), x: (B, N, hidden), c: (B, hidden) -> the next context and x.
+
+        `modulation` is that of c, where it is known.
+        """
         text, image = self.context_block, self.x_block
-        text_modulation, image_modulation = text.modulation(c), image.modulation(c)
+        known = self.modulation(c) if modulation is None else modulation
+        text_modulation, image_modulation = text.parts(known[0]), image.parts(known[1])
         normed = image.norm1(x)
         text_heads = text.attn.heads(modulate(text.norm1(context), *text_modulation[:2]))
         image_heads = image.attn.heads(modulate(normed, *image_modulation[:2]))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_heads, image_heads))
+        joined = (torch.cat(pair, dim=1) for pair in zip(text_heads, image_heads))
         length = context.shape[1]
-        attended = attend(q, k, v, length)
+        attended = attended_to(attend, joined, length)
+        of_text, of_image = attended.split([length, x.shape[1]], dim=1)
         if not text.pre_only:
-            context = text.finish(context, attended[:, :length], text_modulation)
+            context = text.finish(context, of_text.contiguous(), text_modulation)
         if image.dual:
             shift, scale, gate = image_modulation[6:]
-            own = attend(*image.attn2.heads(modulate(normed, shift, scale)), 0)
+            own = attended_to(attend, image.attn2.heads(modulate(normed, shift, scale)), 0)
             x = torch.addcmul(x, gate, image.attn2.proj(own))
-        return context, image.finish(x, attended[:, length:], image_modulation)
+        return context, image.finish(x, of_image.contiguous(), image_modulation)
 
 
 class FinalLayer(nn.Module):
@@ -231,6 +275,10 @@ class FinalLayer(nn.Module):
             nn.SiLU(), operations.Linear(hidden, 2 * hidden, **factory)
         )
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+    def modulation(self, c: Tensor) -> Tensor:
+        """(B, hidden) -> shift and scale side by side."""
+        return by_rows(self.adaLN_modulation, c)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        shift, scale = modulation[:, None].chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))

@@ -21,21 +21,40 @@ from .layers import (
     Operations,
     PatchEmbedder,
     attention,
+    by_rows,
     joined_axes,
     sinusoid,
 )
 
 RunBlock = Callable[..., tuple[Tensor, Tensor]]
-"""(index, block, context, x, c, attend) -> context, x: how a block is run; a host hooks in here."""
+"""(index, block, context, x, c, attend, modulation) -> context, x: a host hooks in here."""
 
-Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Step = Callable[[Tensor, Tensor, list[int]], tuple[Tensor, Tensor]]
 
 
 def run_block(
-    index: int, block: JointBlock, context: Tensor, x: Tensor, c: Tensor, attend: Attend
+    index: int,
+    block: JointBlock,
+    context: Tensor,
+    x: Tensor,
+    c: Tensor,
+    attend: Attend,
+    modulation: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """The default `RunBlock`: just run it."""
-    return block(context, x, c, attend)
+    return block(context, x, c, attend, modulation)
+
+
+@dataclass(frozen=True)
+class Modulations:
+    """What timestep and pooled text do to every layer, for the rows of a batch.
+
+    c: (B, hidden); blocks: (text, image) of each block, (B, parts * hidden); final: (B, 2 hidden).
+    """
+
+    c: Tensor
+    blocks: Sequence[tuple[Tensor, Tensor]]
+    final: Tensor
 
 
 @dataclass(frozen=True)
@@ -110,34 +129,35 @@ class MMDiTX(nn.Module):
         residuals: Sequence[Tensor | None] = (),
         twins: Sequence[Twin] = (),
         positions: Tensor | None = None,
+        modulations: Modulations | None = None,
     ) -> Tensor:
         """Velocity (B, 16, H, W) of x: (B, 16, H, W) at timestep: (B,) in 0..1000.
 
         context: (B, L, context_dim), y: (B, pooled_dim); `residuals[i]` (B, N, hidden) is added
         to the image after block i; `twins` are rows with skipped layers, which take no residual
-        at a layer they skip; `positions` (B, N, hidden) replace the table's centre crop.
+        at a layer they skip; `positions` (B, N, hidden) replace the table's centre crop;
+        `modulations` are those of timestep and y, where they are known.
         Raises SettingError for a latent larger than the position table.
         """
         height, width = x.shape[-2:]
-        context, x, c = self.start(x, timestep, context, y, positions)
-        rows = _Rows(len(x), twins, self.config.depth)
-        context, x, c = (rows.leading(tensor) for tensor in (context, x, c))
-        for i, block in enumerate(self.joint_blocks):
-            context, x, c = rows.join(i, context, x, c)
-            step = partial(run_block, i, block, attend=attend)
-            residual = residuals[i] if i < len(residuals) else None
-            context, x = rows.run(i, step, context, x, c, residual)
-        x, c = rows.join(self.config.depth, x, c)
-        x = self.final_layer(rows.ordered(x), rows.ordered(c))
-        return self.unpatchify(x, height, width)
-
-    def start(
-        self, x: Tensor, timestep: Tensor, context: Tensor, y: Tensor, positions: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the first block reads: text (B, L, hidden), image (B, N, hidden), c (B, hidden)."""
         x = self.embed(x, positions)
-        c = self.t_embedder(sinusoid(timestep).to(x.dtype)) + self.y_embedder(y)
-        return self.context_embedder(context), x, c
+        c = modulations.c if modulations else self.conditioning(timestep, y)
+        rows = _Rows(len(x), twins, self.config.depth)
+        context, x = (rows.leading(tensor) for tensor in (self.context_embedder(context), x))
+        for i, block in enumerate(self.joint_blocks):
+            context, x = rows.join(i, context, x)
+            known = modulations.blocks[i] if modulations else None
+            step = partial(_step, run_block, i, block, c, attend, known)
+            residual = residuals[i] if i < len(residuals) else None
+            context, x = rows.run(i, step, context, x, residual)
+        (x,) = rows.join(self.config.depth, x)
+        final = modulations.final if modulations else self.final_layer.modulation(c)
+        return self.unpatchify(self.final_layer(rows.ordered(x), final), height, width)
+
+    def conditioning(self, timestep: Tensor, y: Tensor) -> Tensor:
+        """c (B, hidden) of timesteps (B,) in 0..1000 and pooled text (B, pooled_dim)."""
+        times = by_rows(self.t_embedder, sinusoid(timestep).to(y.dtype))
+        return times + by_rows(self.y_embedder, y)
 
     def embed(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Latent (B, 16, H, W) -> tokens with their positions, (B, N, hidden)."""
@@ -170,6 +190,24 @@ class MMDiTX(nn.Module):
         rows = -(-height // patch)
         x = x.unflatten(-1, (patch, patch, -1)).unflatten(1, (rows, -1))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)[..., :height, :width]
+
+
+def _step(
+    run_block: RunBlock,
+    index: int,
+    block: Any,
+    c: Tensor,
+    attend: Attend,
+    modulation: tuple[Tensor, Tensor] | None,
+    context: Tensor,
+    x: Tensor,
+    rows: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Run a block for some rows of the batch."""
+    if rows != list(range(len(c))):
+        c = c[rows]
+        modulation = modulation and (modulation[0][rows], modulation[1][rows])
+    return run_block(index, block, context, x, c, attend, modulation)
 
 
 def padded(x: Tensor, patch: int) -> Tensor:
@@ -207,7 +245,7 @@ class _Rows:
         return tuple(torch.cat([tensor, tensor[places]]) for tensor in tensors)
 
     def run(
-        self, index: int, step: Step, context: Tensor, x: Tensor, c: Tensor, residual: Tensor | None
+        self, index: int, step: Step, context: Tensor, x: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Run block `index` on every present row that does not skip it."""
         places = [
@@ -218,10 +256,10 @@ class _Rows:
         if not places:
             return context, x
         whole = len(places) == len(self.present)
-        inputs = (context, x, c) if whole else (context[places], x[places], c[places])
-        new_context, new_x = step(*inputs)
+        rows = [self.present[place] for place in places]
+        inputs = (context, x) if whole else (context[places], x[places])
+        new_context, new_x = step(*inputs, rows)
         if residual is not None:
-            rows = [self.present[place] for place in places]
             new_x = new_x + (residual if rows == list(range(len(residual))) else residual[rows])
         if whole:
             return new_context, new_x

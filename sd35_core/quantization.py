@@ -33,12 +33,12 @@ from .checkpoint import (
     diffusion_model,
     is_controlnet,
     shapes_of,
+    with_axes,
     write_file,
 )
-from .config import AXES, Shape
+from .config import Shape
 from .controlnet import config_of, controlnet
 from .errors import SD35Error, SettingError
-from .layers import split_axes
 from .packing import FP8, INT8, RAW_FP8, VERSION, VQ2, is_packed, pack, unpack
 from .pipeline import Pipeline, Settings
 from .text_encoder import tokenizer
@@ -181,19 +181,10 @@ def quantized(
         if key not in taken:
             take(key, None)
     rest = {key: tensors[key] for key in tensors if key not in forms}
-    found |= _positions_split(rest) if plan.bits == 2 else rest
+    found |= with_axes(rest) if plan.bits == 2 else rest
     before = _bytes(rest.values()) + sum(layer.before for layer in layers)
     report = Report(plan, moments is not None, layers, before, _bytes(found.values()))
     return found, report
-
-
-def _positions_split(tensors: StateDict) -> StateDict:
-    """With the position table as its columns and rows, where that is the same: Medium's whole one
-    has 0.45 GB. Only for this pack's own formats; others expect the table."""
-    axes = split_axes(tensors["pos_embed"]) if "pos_embed" in tensors else None
-    if axes is None:
-        return tensors
-    return {**{key: t for key, t in tensors.items() if key != "pos_embed"}, AXES: axes}
 
 
 def _quantized_already() -> SettingError:

@@ -15,7 +15,6 @@ import comfy.model_management
 import comfy.ops
 import comfy.utils
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ...sd35_core.checkpoint import weights_for
@@ -26,7 +25,7 @@ from ...sd35_core.latent import PIXELS
 from ...sd35_core.layers import grid_positions
 from ...sd35_core.mmditx import padded
 from ...sd35_core.packing import is_packed
-from . import packed
+from . import packed, processor
 from .loading import ModelFile
 from .network import HostMMDiTX
 
@@ -118,7 +117,7 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
             timestep.to(dtype) if self.options.as_comfyui else timestep.float(),
             cond["y"].to(x),
             self.hint_for(x, batched_number),
-            lambda q, k, v, _: optimized_attention(
+            lambda q, k, v, _: processor.attention()(
                 q, k, v, q.shape[1], skip_reshape=True, transformer_options=transformer_options
             ),
         )
@@ -278,6 +277,7 @@ def controlnet_from(file: ModelFile, options: Options) -> SD35ControlNet:
         operations = packed.operations(dtype, compute or dtype)
     else:
         operations = comfy.ops.pick_operations(dtype, compute, disable_fast_fp8=True)
+    operations = processor.faster(operations)
     model = ControlNetEmbedder(config, operations, dtype=dtype, device=offload_device)
     model.dtype = dtype
     known = ControlNetEmbedder(config, device="meta").state_dict()

@@ -19,12 +19,14 @@ from ...sd35_core.checkpoint import (
     TensorFile,
     checked_config,
     diffusion_model,
+    shapes_of,
     under,
+    with_axes,
 )
-from ...sd35_core.config import VARIANTS
+from ...sd35_core.config import VARIANTS, config_from_shapes
 from ...sd35_core.errors import CheckpointError
 from ...sd35_core.gguf_file import EXTENSION, GGUFFile
-from . import packed
+from . import packed, resting
 from .network import SD35ModelConfig
 
 WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
@@ -58,18 +60,27 @@ def read(path: Path) -> ModelFile:
     return ModelFile(path, tensors, file.metadata)
 
 
-def load_model(path: str, weight_dtype: str, disable_dynamic: bool = False) -> Any:
+def load_model(
+    path: str, weight_dtype: str, modulation_cache: str = "auto", disable_dynamic: bool = False
+) -> Any:
     """The MODEL of a file; the host reloads models through here, without dynamic weights."""
-    return model_from(read(Path(path)), weight_dtype, disable_dynamic)
+    return model_from(read(Path(path)), weight_dtype, modulation_cache, disable_dynamic)
 
 
-def model_from(file: ModelFile, weight_dtype: str, disable_dynamic: bool = False) -> Any:
+def model_from(
+    file: ModelFile,
+    weight_dtype: str,
+    modulation_cache: str = "auto",
+    disable_dynamic: bool = False,
+) -> Any:
     """The MODEL in a file, its dtype and devices chosen by the host. Raises CheckpointError."""
     name = f"'{file.path.name}'"
     found, _ = comfy.utils.convert_old_quants(
         diffusion_model(file.tensors, name), "", metadata=dict(file.metadata)
     )
-    config = SD35ModelConfig(checked_config(found, name))
+    checked_config(found, name)
+    found = with_axes(found)
+    config = SD35ModelConfig(config_from_shapes(shapes_of(found), name))
     config.quant_config = comfy.utils.detect_layer_quantization(found, "")
 
     management = comfy.model_management
@@ -88,15 +99,16 @@ def model_from(file: ModelFile, weight_dtype: str, disable_dynamic: bool = False
     patcher_class = comfy.model_patcher.CoreModelPatcher
     if disable_dynamic or management.is_device_cpu(device):
         patcher_class = comfy.model_patcher.ModelPatcher
-    if quantized and patcher_class is comfy.model_patcher.ModelPatcher:
-        patcher_class = packed.PackedPatcher
+    if patcher_class is comfy.model_patcher.ModelPatcher:
+        patcher_class = packed.PackedPatcher if quantized else resting.RestingPatcher
     patcher = patcher_class(model, load_device=device, offload_device=offload_device)
+    resting.cache_modulations(patcher, modulation_cache)
     if not patcher.is_dynamic() and not quantized:
         found = {key: tensor.to(dtype) for key, tensor in found.items()}
     model.load_model_weights(found, "", assign=not quantized)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
-    patcher.cached_patcher_init = (load_model, (str(file.path), weight_dtype))
+    patcher.cached_patcher_init = (load_model, (str(file.path), weight_dtype, modulation_cache))
     return patcher
 
 

@@ -8,14 +8,16 @@ from typing import Any
 import comfy.model_base
 import comfy.supported_models
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
+from ...sd35_core.checkpoint import with_table
 from ...sd35_core.config import MMDiTXConfig
 from ...sd35_core.errors import SettingError
 from ...sd35_core.layers import Attend, JointBlock
 from ...sd35_core.mmditx import MMDiTX, Twin
+from ...sd35_core.modulation import ModulationCache
+from . import processor
 
 Options = dict[str, Any]
 
@@ -24,6 +26,8 @@ TWINS = "sd35_twins"
 
 A source is a cond's uuid and the place of its list among the lists that run together: the host
 gives copies of a cond in other lists the same uuid."""
+MODULATIONS = "sd35_modulations"
+"""In transformer_options: the batch's modulations, where they are known."""
 SKIPPED = "sd35_skipped_layers"
 """In transformer_options: layers that every row skips."""
 
@@ -37,7 +41,7 @@ class HostMMDiTX(MMDiTX):
     """
 
     def __init__(self, config: MMDiTXConfig, operations: Any, dtype: Any, device: Any, **_: Any):
-        super().__init__(config, operations, dtype, device)
+        super().__init__(config, processor.faster(operations), dtype, device)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -73,6 +77,7 @@ class HostMMDiTX(MMDiTX):
             run_block=partial(self._run_block, options),
             residuals=(control or {}).get("output", ()),
             twins=twins_of(len(x), options),
+            modulations=options.get(MODULATIONS),
         )
 
     def _checked(self, context: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -96,6 +101,7 @@ class HostMMDiTX(MMDiTX):
         x: Tensor,
         c: Tensor,
         attend: Attend,
+        modulation: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         here = {
             **options,
@@ -106,13 +112,13 @@ class HostMMDiTX(MMDiTX):
         }
         replacement = options.get("patches_replace", {}).get("dit", {}).get(("double_block", index))
         if replacement is None:
-            return block(context, x, c, partial(self._attend, here))
+            return block(context, x, c, partial(self._attend, here), modulation)
 
         def original(arguments: Options) -> Options:
-            inner = arguments.get("transformer_options", here)
-            text, image = block(
-                arguments["txt"], arguments["img"], arguments["vec"], partial(self._attend, inner)
-            )
+            attend_inner = partial(self._attend, arguments.get("transformer_options", here))
+            vec = arguments["vec"]
+            known = modulation if vec is c else None
+            text, image = block(arguments["txt"], arguments["img"], vec, attend_inner, known)
             return {"txt": text, "img": image}
 
         state = {"txt": context, "img": x, "vec": c, "transformer_options": here}
@@ -131,7 +137,7 @@ class HostMMDiTX(MMDiTX):
         for patch in patches.get("attn1_patch", ()):
             out = patch(q, k, v, pe=None, attn_mask=None, extra_options=extra)
             q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
-        attended = optimized_attention(
+        attended = processor.attention()(
             q, k, v, heads, skip_reshape=True, transformer_options=options
         )
         perturb = self._attention_replacement(options)
@@ -185,6 +191,29 @@ class SD35Model(comfy.model_base.SD3):
             device=device,
             unet_model=HostMMDiTX,
         )
+        self.modulation_cache: ModulationCache | None = None
+
+    def _apply_model(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: Options | None = None,
+        **named: Any,
+    ) -> Tensor:
+        """With the modulations from the run's cache, if there is one."""
+        options, y = transformer_options or {}, named.get("y")
+        network = getattr(self.diffusion_model, "_orig_mod", self.diffusion_model)
+        cache, width = self.modulation_cache, network.config.pooled_dim
+        if cache is not None and y is not None and y.shape[-1] == width:
+            y = y.to(x.device, self.get_dtype_inference())
+            steps = options.get("sample_sigmas", t)[:-1]
+            times, ahead = (self.model_sampling.timestep(s).float() for s in (t, steps))
+            known = cache.of(network, times, y, ahead)
+            options = {**options, MODULATIONS: known}
+        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **named)
 
     def encode_adm(self, **kwargs: Any) -> Tensor | None:
         return kwargs.get("pooled_output")
@@ -203,6 +232,12 @@ class SD35ModelConfig(comfy.supported_models.SD3):
                 "pos_embed_scaling_factor": None,
             }
         )
+
+    def process_unet_state_dict_for_saving(self, state_dict: Any) -> Any:
+        """With the position table that other programs expect; 2-bit files are for this pack."""
+        if not any(key.endswith(".weight_codebook") for key in state_dict):
+            state_dict = with_table(state_dict)
+        return super().process_unet_state_dict_for_saving(state_dict)
 
     def get_model(self, state_dict: Any, prefix: str = "", device: Any = None) -> SD35Model:
         return SD35Model(self, device=device)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...sd35_core.errors import SettingError
 from ...sd35_core.packing import VQ2, check_packed, is_vectors, packed_under, vectors
+from .resting import RestingPatcher
 
 LAYOUT = "SD35VectorLayout"
 """The name under which the host's tensors find how 2-bit weights are unpacked."""
@@ -124,7 +125,7 @@ class HookPatch(comfy.model_patcher.LowVramPatch):
     """A LoRA that a hook adds to one prompt alone."""
 
 
-class PackedPatcher(comfy.model_patcher.ModelPatcher):
+class PackedPatcher(RestingPatcher):
     """Adds LoRAs to the unpacked weight at each use; they are never rounded into packed ones."""
 
     def patch_weight_to_device(

@@ -42,9 +42,9 @@ def test_a_twin_joins_at_its_first_skipped_layer() -> None:
     inputs = [t.repeat(3, *[1] * (t.ndim - 1)) for t in random_inputs(batch=1)]
     passes: list[int] = []
 
-    def count(index: int, block: JointBlock, context, x, c, attend):  # noqa: ANN001, ANN202
+    def count(index: int, block: JointBlock, context, x, *rest):  # noqa: ANN001, ANN002, ANN202
         passes.append(len(x))
-        return block(context, x, c, attend)
+        return block(context, x, *rest)
 
     model(*inputs, run_block=count, twins=[Twin(2, frozenset({2}), source=1)])
     assert passes == [2, 2, 2, 3]

@@ -1,0 +1,112 @@
+"""The modulation cache under the host's memory manager: adaLN weights rest off the card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import comfy.model_management
+from comfy.model_patcher import LowVramPatch, ModelPatcher, wipe_lowvram_weight
+from comfy.patcher_extension import CallbacksMP
+from comfy.quant_ops import QuantizedTensor
+
+from ...sd35_core.modulation import ModulationCache
+
+AUTO, ON, OFF = "auto", "on", "off"
+MODES = (AUTO, ON, OFF)
+KEY = "sd35_modulation_cache"
+RESTING = ".adaLN_modulation."
+
+
+def cache_modulations(patcher: Any, mode: str) -> None:
+    """Have every run of a MODEL compute its modulations at its first step.
+
+    "auto": only when the model does not fit on the device. A run in which hooks change weights
+    computes them at each step, as ever.
+    """
+    patcher.model.modulation_mode = mode
+    patcher.model.resting = False
+    patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, _begin)
+    patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, _end)
+
+
+def _begin(patcher: Any) -> None:
+    model = patcher.model
+    wanted = model.modulation_mode == ON or model.resting
+    if patcher.is_dynamic() and model.modulation_mode == AUTO:
+        free = comfy.model_management.get_free_memory(patcher.load_device)
+        wanted = patcher.model_size() > free + patcher.loaded_size()
+    model.modulation_cache = ModulationCache() if wanted and not patcher.hook_patches else None
+
+
+def _end(patcher: Any) -> None:
+    patcher.model.modulation_cache = None
+
+
+class RestingPatcher(ModelPatcher):
+    """A ModelPatcher that leaves adaLN weights on the offload device while they are cached.
+
+    The host's layers bring such a weight over for the one call that uses it, LoRA included.
+    """
+
+    def model_size(self) -> int:
+        """Bytes that are loaded when everything is that should be."""
+        whole = comfy.model_management.module_size(self.model)
+        if not self._rests(full_load=True):
+            return whole
+        return whole - sum(comfy.model_management.module_size(m) for _, m in self._modulations())
+
+    def load(
+        self,
+        device_to: Any = None,
+        lowvram_model_memory: float = 0,
+        force_patch_weights: bool = False,
+        full_load: bool = False,
+    ) -> None:
+        if not self._rests(full_load):
+            super().load(device_to, lowvram_model_memory, force_patch_weights, full_load)
+            return
+        self.model.resting = True
+        memory = 1e32 if full_load else lowvram_model_memory
+        super().load(device_to, memory, force_patch_weights, False)
+        for name, module in self._modulations():
+            self._rest(name, module, force_patch_weights)
+
+    def _rests(self, full_load: bool) -> bool:
+        mode = self.model.modulation_mode
+        return mode == ON or self.model.resting or (mode == AUTO and not full_load)
+
+    def _rest(self, name: str, module: Any, force_patch_weights: bool) -> None:
+        """Leave a module where it is, to be brought over at each use."""
+        wipe_lowvram_weight(module)
+        for part, functions in (("weight", module.weight_function), ("bias", module.bias_function)):
+            key = f"{name}.{part}"
+            if key in self.patches and not isinstance(getattr(module, part), QuantizedTensor):
+                if force_patch_weights:
+                    self.patch_weight_to_device(key)
+                    module.comfy_patched_weights = True  # the host saves it as it is
+                else:
+                    functions.append(LowVramPatch(key, self.patches))
+            functions.extend(self.weight_wrapper_patches.get(key, ()))
+            self.pin_weight_to_device(key)
+        module.prev_comfy_cast_weights = module.comfy_cast_weights
+        module.comfy_cast_weights = True
+
+    def _load_list(self, *arguments: Any, **named: Any) -> list[Any]:
+        """What is to be loaded: entries that end in name, module and parameters."""
+        found = super()._load_list(*arguments, **named)
+        if not self.model.resting:
+            return found
+        return [entry for entry in found if RESTING not in entry[-3]]
+
+    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
+        if unpatch_weights and self.model.resting:
+            for _, module in self._modulations():
+                wipe_lowvram_weight(module)
+            self.model.resting = False
+        super().unpatch_model(device_to, unpatch_weights)
+
+    def _modulations(self) -> Iterator[tuple[str, Any]]:
+        for name, module in self.model.named_modules():
+            if RESTING in name and hasattr(module, "comfy_cast_weights"):
+                yield name, module

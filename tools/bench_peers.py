@@ -1,0 +1,183 @@
+"""SD3.5's network as others have it, with the same weights: what tools/bench.py compares with.
+
+ComfyUI's own model comes with the host. diffusers is fetched into the cache once; it is not
+needed for anything else.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sd35_core.checkpoint import JOINED_IN_BLOCK, RENAMED, RENAMED_IN_BLOCK, StateDict
+from sd35_core.config import HEAD_WIDTH, MMDiTXConfig
+from tools import host
+
+DIFFUSERS = ["diffusers==0.42.1", "importlib_metadata==10.2.0", "zipp==4.1.2"]
+
+Call = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(x, timestep, context, y) -> velocity."""
+
+
+def ours(config: MMDiTXConfig, weights: StateDict, device: Any) -> Any:
+    """The pack's network as the host runs it."""
+    import comfy.ops
+    from sd35_pack.nodes.host.network import HostMMDiTX  # pyright: ignore[reportMissingImports]
+
+    dtype = weights["x_embedder.proj.weight"].dtype
+    network = HostMMDiTX(config, comfy.ops.disable_weight_init, dtype, "meta")
+    return filled(network, weights, device)
+
+
+def comfyui(config: MMDiTXConfig, weights: StateDict, device: Any) -> Any:
+    """ComfyUI's own network."""
+    import comfy.ldm.modules.diffusionmodules.mmdit as stock
+    import comfy.ops
+
+    context = {"in_features": config.context_dim, "out_features": config.hidden}
+    network = stock.OpenAISignatureMMDITWrapper(
+        input_size=None,
+        patch_size=config.patch_size,
+        in_channels=config.in_channels,
+        depth=config.heads,
+        num_blocks=config.depth,
+        adm_in_channels=config.pooled_dim,
+        context_embedder_config={"target": "torch.nn.Linear", "params": context},
+        pos_embed_max_size=config.pos_embed_max_size,
+        num_patches=config.pos_embed_max_size**2,
+        qk_norm="rms" if config.qk_norm else None,
+        x_block_self_attn_layers=list(config.dual_blocks),
+        dtype=weights["x_embedder.proj.weight"].dtype,
+        device="meta",
+        operations=comfy.ops.disable_weight_init,
+    )
+    return filled(network, weights, device)
+
+
+def with_attention(network: Any, attention: str) -> Call:
+    """ComfyUI's network with "default" attention or with the host's own "sdpa"."""
+    import comfy.ldm.modules.attention as attentions
+    import comfy.ldm.modules.diffusionmodules.mmdit as stock
+
+    chosen = attentions.attention_pytorch if attention == "sdpa" else attentions.optimized_attention
+
+    def call(*inputs: Tensor, **options: Any) -> Tensor:
+        before, stock.optimized_attention = stock.optimized_attention, chosen
+        try:
+            return network(*inputs, **options)
+        finally:
+            stock.optimized_attention = before
+
+    return call
+
+
+def diffusers(config: MMDiTXConfig, weights: StateDict, device: Any) -> Call:
+    """diffusers' SD3Transformer2DModel."""
+    folder = host.cache_root() / "bench"
+    if not (folder / "diffusers").is_dir():
+        host.say("Fetching diffusers for the comparison ...")
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--no-deps", "--target", str(folder), *DIFFUSERS], check=True)
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    from diffusers.models.transformers.transformer_sd3 import (  # pyright: ignore
+        SD3Transformer2DModel,
+    )
+
+    with torch.device("meta"):
+        network = SD3Transformer2DModel(
+            sample_size=128,
+            patch_size=config.patch_size,
+            in_channels=config.in_channels,
+            num_layers=config.depth,
+            attention_head_dim=HEAD_WIDTH,
+            num_attention_heads=config.heads,
+            joint_attention_dim=config.context_dim,
+            caption_projection_dim=config.hidden,
+            pooled_projection_dim=config.pooled_dim,
+            out_channels=config.in_channels,
+            pos_embed_max_size=config.pos_embed_max_size,
+            dual_attention_layers=config.dual_blocks,
+            qk_norm="rms_norm" if config.qk_norm else None,
+        )
+    network = filled(network, to_diffusers(weights, config), device)
+
+    def call(x: Tensor, timestep: Tensor, context: Tensor, y: Tensor, **options: Any) -> Tensor:
+        return network(x, context, y, timestep, return_dict=False, **options)[0]
+
+    return call
+
+
+def filled(network: Any, weights: StateDict, device: Any) -> Any:
+    """A network made on "meta", with its weights, on a device."""
+    network.load_state_dict({k: t.to(device) for k, t in weights.items()}, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def to_diffusers(weights: StateDict, config: MMDiTXConfig) -> StateDict:
+    """Stability's keys -> diffusers': `from_diffusers` the other way round."""
+    outer = {ours: theirs for theirs, ours in RENAMED.items()}
+    inner = {ours: theirs for theirs, ours in RENAMED_IN_BLOCK.items()}
+    last = f"joint_blocks.{config.depth - 1}.context_block.adaLN_modulation.1"
+    found: StateDict = {}
+    for key, tensor in weights.items():
+        name, _, suffix = key.rpartition(".")
+        if name in (last, "final_layer.adaLN_modulation.1"):
+            tensor = torch.cat(list(reversed(tensor.chunk(2))))
+        if not key.startswith("joint_blocks."):
+            found[outer[key] if key in outer else f"{outer[name]}.{suffix}"] = tensor
+            continue
+        _, index, part = name.split(".", 2)
+        block = f"transformer_blocks.{index}"
+        if part in JOINED_IN_BLOCK:
+            for theirs, piece in zip(JOINED_IN_BLOCK[part], tensor.chunk(3)):
+                found[f"{block}.{theirs}.{suffix}"] = piece
+        else:
+            found[f"{block}.{inner[part]}.{suffix}"] = tensor
+    return found
+
+
+def networks(config: MMDiTXConfig, weights: StateDict, device: Any) -> dict[str, Call]:
+    """Name -> the network; "ours" first."""
+    stock = comfyui(config, weights, device)
+    return {
+        "ours": ours(config, weights, device),
+        "ComfyUI default": with_attention(stock, "default"),
+        "ComfyUI SDPA": with_attention(stock, "sdpa"),
+        "diffusers": diffusers(config, weights, device),
+    }
+
+
+def with_skipped(calls: dict[str, Call], layers: list[int]) -> dict[str, Call]:
+    """The same for a step with cfg and skipped layers; the last row of the batch of two is the
+    positive prompt. Ours takes it all in one call, the others call once more."""
+    from sd35_pack.nodes.host import network as pack  # pyright: ignore[reportMissingImports]
+
+    def twice(call: Call, options: dict[str, Any], *inputs: Tensor) -> Tensor:
+        out = call(*inputs)
+        return torch.cat([out, call(*(t[1:] for t in inputs), **options)])
+
+    def once(call: Any, *inputs: Tensor) -> Tensor:
+        inputs = tuple(torch.cat([t, t[1:]]) for t in inputs)
+        plan = {"twin": (("positive", 1), frozenset(layers))}
+        options = {pack.TWINS: plan, "uuids": ["negative", "positive", "twin"]}
+        return call(*inputs, transformer_options={**options, "cond_or_uncond": [0, 1, 2]})
+
+    def skip(arguments: dict[str, Any], _: dict[str, Any]) -> dict[str, Any]:
+        return arguments
+
+    replace = {("double_block", layer): skip for layer in layers}
+    stock = {"transformer_options": {"patches_replace": {"dit": replace}}}
+    options = {"diffusers": {"skip_layers": layers}}
+    return {
+        name: partial(once, call)
+        if name == "ours"
+        else partial(twice, call, options.get(name, stock))
+        for name, call in calls.items()
+    }
