@@ -9,6 +9,7 @@ from .guidance import SkipLayerGuidance
 from .loader import SD35Loader
 from .quantize import SD35Quantize
 from .sampler import SD35Sampler, SD35Sigmas
+from .step_cache import SD35StepCache
 
 
 class SD35Extension(ComfyExtension):
@@ -23,5 +24,6 @@ class SD35Extension(ComfyExtension):
             SD35ControlNetLoader,
             SD35ControlNetApply,
             SD35ControlHint,
+            SD35StepCache,
             SD35Quantize,
         ]

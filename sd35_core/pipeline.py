@@ -16,7 +16,8 @@ from .controlnet import ControlNetEmbedder
 from .guidance import SkipLayers, away_from_skipped, guided, step_of
 from .latent import CHANNELS, PIXELS, from_model
 from .mmditx import MMDiTX, Twin
-from .sampling import SAMPLERS, sigmas
+from .sampling import SAMPLERS, Denoise, sigmas
+from .step_cache import PACES, StepCache
 from .text_encoder import ClipTextModel, Tokenize, encoder_configs, joined, padded
 
 BATCH = 16
@@ -36,6 +37,8 @@ class Settings:
     negative: str = ""
     without: str = ""
     size: tuple[int, int] = (128, 128)
+    pace: str = ""
+    """Of a step cache, for each batch; none if empty."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ class Pipeline:
             context, y = self.encode([*part, *[settings.negative] * len(part)], settings.without)
             hint = None if hints is None else hints[start : start + BATCH].to(self.device)
             denoise = partial(self.denoised, settings=settings, levels=levels, hint=hint)
+            if settings.pace:
+                denoise = paced(denoise, settings, levels)
             inputs = {"context": context, "y": y}
             sample = SAMPLERS[settings.sampler]
             with torch.autocast(self.device.type, torch.bfloat16):
@@ -141,6 +146,18 @@ class Pipeline:
         cond = parts[0]
         result = guided(parts[1], cond, settings.cfg) if settings.cfg != 1 else cond
         return away_from_skipped(result, cond, parts[-1], slg.scale) if active else result
+
+
+def paced(denoise: Denoise, settings: Settings, levels: Tensor) -> Denoise:
+    """The same with a step cache, for one run."""
+    cache = StepCache(PACES[settings.pace], len(levels) - 1)
+
+    def denoised(x: Tensor, sigma: Tensor, **inputs: Tensor) -> Tensor:
+        level, step = float(sigma[0]), step_of(float(sigma[0]), levels)
+        acting = settings.slg.active(step, settings.steps)
+        return cache.denoised(step, level, acting, lambda: denoise(x, sigma, **inputs))
+
+    return denoised
 
 
 def noise_of(seed: int, size: tuple[int, int]) -> Tensor:

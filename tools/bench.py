@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,62 @@ def measure(case: Case, dtype: Any, device: Any, runs: int) -> dict[str, Any]:
     }
 
 
+def memory(case: Case, dtype: Any, device: Any, steps: int = 28) -> dict[str, Any]:
+    """What sampling holds with the modulation cache on and off, in MB: weights as the host's
+    memory manager loads them, the modulations of a run, and what a step takes besides; and the
+    weights that a step reads."""
+    import torch
+    from safetensors.torch import save_file
+
+    from sd35_core.modulation import ModulationCache
+    from tools.bench_peers import host_model
+
+    config = config_of(case)
+    found: dict[str, Any] = {"case": case.name, "steps": steps}
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        path = Path(folder, "model.safetensors")
+        save_file(gridded(config, weights_of(config, dtype)), path)
+        for mode in ("off", "on"):
+            patcher = host_model(path, mode)
+            patcher.load(patcher.load_device, full_load=True)
+            inference = patcher.model.get_dtype_inference()
+            x, timestep, context, y = inputs_of(case, config, inference, device)
+            network, known, kept = patcher.model.diffusion_model, None, 0
+            if mode == "on":
+                cache = ModulationCache()
+                ahead = torch.linspace(1000, 10, steps, device=device)
+                known = cache.of(network, ahead[:1].expand(len(y)), y, ahead)
+                assert cache.kept is not None
+                parts = [cache.kept.c, cache.kept.final, *sum(cache.kept.blocks, ())]
+                kept = sum(t.numel() * t.element_size() for t in parts)
+            options = {"sd35_modulations": known}
+            step = partial(network, x, timestep, context, y, transformer_options=options)
+            extra = extra_memory(step, device)
+            weights = patcher.loaded_size()
+            found[mode] = {
+                "weights_MB": weights / 1e6,
+                "modulations_MB": kept / 1e6,
+                "step_MB": (extra or 0) / 1e6,
+                "read_per_step_MB": weights / 1e6,
+                "peak_MB": (weights + kept + (extra or 0)) / 1e6,
+            }
+            patcher.detach()
+            del patcher, network
+    found["ratio"] = found["on"]["peak_MB"] / found["off"]["peak_MB"]
+    return found
+
+
+def gridded(config: Any, weights: dict[str, Any]) -> dict[str, Any]:
+    """With the position table that real models have."""
+    import torch
+
+    from sd35_core.layers import grid_positions
+
+    places = torch.arange(config.pos_embed_max_size)
+    table = grid_positions(places, places, config.hidden).to(weights["pos_embed"].dtype)
+    return {**weights, "pos_embed": table}
+
+
 def line(row: dict[str, Any]) -> str:
     ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratio"].items())
     memory = row["extra_MB"]["ours"]
@@ -212,6 +269,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="the first rows alone")
+    parser.add_argument("--memory", action="store_true", help="the modulation cache on and off")
     parser.add_argument("--plot", type=Path, help="draw growth into this SVG instead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
@@ -222,6 +280,10 @@ def main() -> int:
     chosen = growth() if options.plot else {"": cases(options.device == "cuda", options.quick)}
     with tempfile.TemporaryDirectory(prefix="sd35-bench-") as base:
         import_pack(found, Path(base))
+        if options.memory:
+            for case in (Case("Medium", 512, depth=8), Case("Large", 512, depth=4)):
+                print(json.dumps(memory(case, dtype, options.device), indent=1), flush=True)
+            return 0
         for name, wanted in chosen.items():
             for case in wanted:
                 row = measure(case, dtype, options.device, options.runs)

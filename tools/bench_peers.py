@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,13 @@ def ours(config: MMDiTXConfig, weights: StateDict, device: Any) -> Any:
     dtype = weights["x_embedder.proj.weight"].dtype
     network = HostMMDiTX(config, comfy.ops.disable_weight_init, dtype, "meta")
     return filled(network, weights, device)
+
+
+def host_model(path: Path, modulation_cache: str) -> Any:
+    """The pack's MODEL of a file."""
+    from sd35_pack.nodes.host import loading  # pyright: ignore[reportMissingImports]
+
+    return loading.load_model(str(path), "default", modulation_cache)
 
 
 def comfyui(config: MMDiTXConfig, weights: StateDict, device: Any) -> Any:

@@ -23,6 +23,9 @@ from .network import SKIPPED, TWINS, HostMMDiTX, Options
 RECORDS = "sd35_skip_layer_records"
 """In model_options: {key of the guidance: its record}, for the step under way."""
 
+SKIPS = "sd35_skip_layers"
+"""In model_options: every SkipLayers of the model."""
+
 Cond = dict[str, Any]
 
 
@@ -98,6 +101,7 @@ def with_skip_layers(model: Any, skip: SkipLayers, keep_control: bool = True) ->
     guided.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, TWINS)
     guided.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, TWINS, run_twins)
     guided.set_model_sampler_post_cfg_function(add_guidance)
+    guided.model_options[SKIPS] = [*guided.model_options.get(SKIPS, ()), skip]
     return guided
 
 

@@ -59,7 +59,8 @@ def test_nodes_are_listed_with_tooltips_on_every_widget(server: hosts.Server) ->
     ours = {name: node for name, node in info.items() if node["category"] == "SD3.5"}
     assert set(ours) == {
         "SD35Loader", "SkipLayerGuidance", "SD35Sampler", "SD35Sigmas",
-        "SD35ControlNetLoader", "SD35ControlNetApply", "SD35ControlHint", "SD35Quantize",
+        "SD35ControlNetLoader", "SD35ControlNetApply", "SD35ControlHint", "SD35StepCache",
+        "SD35Quantize",
     }  # fmt: skip
     for name, node in ours.items():
         assert node["description"]

@@ -16,6 +16,7 @@ from sd35_core.errors import SD35Error
 from sd35_core.guidance import SkipLayers, parse_layers
 from sd35_core.pipeline import Pipeline, Settings
 from sd35_core.sampling import SAMPLERS, SCHEDULES
+from sd35_core.step_cache import PACES
 
 from .judge import Verdict, judge
 from .pictures import emoji_folder
@@ -98,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--slg-scale", type=float, default=2.5)
     parser.add_argument("--slg-start", type=float, default=0.01)
     parser.add_argument("--slg-end", type=float, default=0.2)
+    parser.add_argument("--pace", choices=list(PACES), default="", help="with the step cache")
     parser.add_argument("--negative", default="", help="a negative prompt for all")
     parser.add_argument("--without", choices=["clip_l", "clip_g"], default="")
     parser.add_argument("--size", type=size_of, default=Settings.size, metavar="WxH")
@@ -118,7 +120,7 @@ def settings_of(options: argparse.Namespace, depth: int) -> Settings:
     slg = SkipLayers(layers, options.slg_scale, options.slg_start, options.slg_end)
     return Settings(
         options.steps, options.cfg, options.shift, options.sampler, options.schedule,
-        slg, options.negative, options.without, options.size,
+        slg, options.negative, options.without, options.size, options.pace,
     )  # fmt: skip
 
 
