@@ -13,7 +13,7 @@ from .host.step_cache import with_step_cache
 
 
 class SD35StepCache(io.ComfyNode):
-    """Leaves out steps whose result the last ones foretell."""
+    """Leaves out steps in which the picture would hardly change."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -21,7 +21,7 @@ class SD35StepCache(io.ComfyNode):
             node_id="SD35StepCache",
             display_name="SD3.5 Step Cache (approximate)",
             category="SD3.5",
-            description="Leaves out model calls whose result the last ones foretell: faster, and "
+            description="Leaves out steps in which the picture would hardly change: faster, and "
             "the picture changes a little. Keeps Skip Layer Guidance, ControlNets and LoRAs, and "
             "says which steps it left out.",
             inputs=[
@@ -29,8 +29,9 @@ class SD35StepCache(io.ComfyNode):
                 io.Combo.Input(
                     "pace",
                     options=list(PACES),
-                    tooltip="safe: about half of the steps, where their forecast was good. fast: "
-                    "more. fastest: for drafts.",
+                    tooltip="safe: at most every other step is left out, and only where the "
+                    "picture changes little. fast: two of three. fastest: four of five, for "
+                    "drafts.",
                 ),
                 io.Float.Input(
                     "guidance_start",

@@ -289,6 +289,14 @@ def main() -> int:
                 row = measure(case, dtype, options.device, options.runs)
                 rows.setdefault(name, []).append(row)
                 print(line(row), file=sys.stderr if options.json else sys.stdout, flush=True)
+    if options.plot:
+        from tools.bench_plot import drawing
+
+        panels = {
+            name: ([float(getattr(case, name)) for case in wanted], rows[name])
+            for name, wanted in chosen.items()
+        }
+        options.plot.write_text(drawing(panels), encoding="utf-8")
     if options.json:
         machine = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
         about = {"device": machine, "dtype": options.dtype, "torch": torch.__version__}

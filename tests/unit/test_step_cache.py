@@ -27,42 +27,39 @@ def run(
     return cache, found
 
 
-def straight(sigma: float) -> Tensor:
-    return torch.tensor([1.0, 2.0]) + sigma * torch.tensor([3.0, -1.0])
+def slow(sigma: float) -> Tensor:
+    return torch.tensor([1.0, 2.0]) + sigma * torch.tensor([0.3, -0.1])
 
 
 def noise(sigma: float) -> Tensor:
     return torch.randn(64, generator=torch.Generator().manual_seed(int(1e6 * sigma)))
 
 
-def test_what_is_straight_is_foretold_to_the_end() -> None:
-    cache, found = run(Pace(0.1, 2), straight)
-    assert cache.left_out == [3, 4, 6, 7, 9, 10, 12, 13, 15, 16, 18]
-    for value, sigma in zip(found, SIGMAS):
-        assert torch.allclose(value, straight(sigma), atol=1e-5)
+def test_steps_of_a_slow_change_take_the_last_value() -> None:
+    cache, found = run(Pace(0.1, 2), slow)
+    assert cache.left_out == [2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 17, 18]
+    for step, value in enumerate(found):
+        computed = max(i for i in range(step + 1) if i not in cache.left_out)
+        assert torch.equal(value, slow(SIGMAS[computed]))
 
 
-def test_nothing_is_left_out_where_forecasts_fail() -> None:
+def test_nothing_is_left_out_where_the_picture_changes() -> None:
     cache, found = run(Pace(0.1, 2), noise)
     assert cache.left_out == []
     assert all(torch.equal(value, noise(sigma)) for value, sigma in zip(found, SIGMAS))
 
 
-def test_a_change_of_what_acts_is_computed_and_what_was_before_forgotten() -> None:
-    def jump(sigma: float) -> Tensor:
-        return straight(sigma) + (100 if sigma < SIGMAS[10] + 1e-9 else 0)
-
-    cache, found = run(Pace(0.1, 3), jump, lambda step: step >= 10)
-    assert not {10, 11, 12} & set(cache.left_out) and 13 in cache.left_out
-    for value, sigma in zip(found, SIGMAS):
-        assert torch.allclose(value, jump(sigma), atol=1e-3)
+def test_a_change_of_what_acts_starts_anew() -> None:
+    cache, found = run(Pace(0.1, 3), slow, lambda step: step >= 10)
+    assert not {10, 11} & set(cache.left_out) and {12, 13, 14} <= set(cache.left_out)
+    assert torch.equal(found[10], slow(SIGMAS[10]))
 
 
 def test_first_and_last_steps_and_a_rise_are_computed() -> None:
-    cache, _ = run(Pace(9, 4), straight)
-    assert not {0, 1, 2, STEPS - 1} & set(cache.left_out)
+    cache, _ = run(Pace(9, 4), slow)
+    assert not {0, 1, STEPS - 1} & set(cache.left_out)
     cache = StepCache(Pace(9, 4), STEPS)
     calls = []
     for i, sigma in enumerate([1.0, 0.9, 0.8, 0.7, 0.95, 0.9, 0.85]):
-        cache.denoised(i, sigma, 0, lambda s=sigma: calls.append(s) or straight(s))
-    assert calls == [1.0, 0.9, 0.8, 0.95, 0.9, 0.85]
+        cache.denoised(i, sigma, 0, lambda s=sigma: calls.append(s) or slow(s))
+    assert calls == [1.0, 0.9, 0.95, 0.9]
