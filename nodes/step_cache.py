@@ -29,8 +29,8 @@ class SD35StepCache(io.ComfyNode):
                 io.Combo.Input(
                     "pace",
                     options=list(PACES),
-                    tooltip="safe: at most every other step is left out, and only where the "
-                    "picture changes little. fast: two of three. fastest: four of five, for "
+                    tooltip="safe: at most every other step is left out, and none while the "
+                    "picture changes wholly. fast: two of three. fastest: four of five, for "
                     "drafts.",
                 ),
                 io.Float.Input(

@@ -18,7 +18,7 @@ class Pace:
     most: int
 
 
-PACES = {"safe": Pace(0.5, 1), "fast": Pace(1.0, 2), "fastest": Pace(2.0, 4)}
+PACES = {"safe": Pace(2.0, 1), "fast": Pace(2.0, 2), "fastest": Pace(2.0, 4)}
 """By the small model's pictures; see `tools/nano/step_cache_study.py`."""
 
 

@@ -1,5 +1,7 @@
 """What full-size SD3.5 takes on disk and in memory when packed: python tools/quantized_size.py
 
+`python tools/quantized_size.py Medium "ControlNet 8b"` takes these alone.
+
 Both kinds of ControlNet and Medium are really written with random bf16 weights (up to 10 GB, in a
 temporary folder), packed without calibration, and loaded in a process of its own, whose peak of
 memory is measured. Large is counted from its shapes, and so are the others, as a check on that.
@@ -92,8 +94,11 @@ def main() -> int:
         return host.start_again(found.python, __file__)
     from sd35_core.quantization import Plan, quantize_file
 
+    chosen = sys.argv[1:] or list(networks())
     with tempfile.TemporaryDirectory(prefix="sd35-quantized-") as folder:
         for name, network in networks().items():
+            if name not in chosen:
+                continue
             full = sum(2 * tensor.numel() for tensor in network.state_dict().values())
             print(f"{name}: {full / 1e9:.2f} GB at 16 bits", flush=True)
             path = Path(folder, "full.safetensors")
