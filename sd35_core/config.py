@@ -20,8 +20,7 @@ Shapes = Mapping[str, Shape]
 class MMDiTXConfig:
     """Everything that distinguishes one MMDiT-X from another; the constructor's only argument.
 
-    `axes`: the position table lies as its columns and rows (2-bit files; Medium's whole table
-    would be a quarter of one).
+    `axes`: the position table is held as its columns and rows, in a 2-bit file and in a host.
     """
 
     depth: int

@@ -194,8 +194,8 @@ def measure(case: Case, dtype: Any, device: Any, runs: int) -> dict[str, Any]:
 
 def memory(case: Case, dtype: Any, device: Any, steps: int = 28) -> dict[str, Any]:
     """What sampling holds with the modulation cache on and off, in MB: weights as the host's
-    memory manager loads them, the modulations of a run, and what a step takes besides; and the
-    weights that a step reads."""
+    memory manager loads them and a step reads them, the modulations of a run, and what a step
+    takes besides."""
     import torch
     from safetensors.torch import save_file
 
@@ -230,7 +230,6 @@ def memory(case: Case, dtype: Any, device: Any, steps: int = 28) -> dict[str, An
                 "weights_MB": weights / 1e6,
                 "modulations_MB": kept / 1e6,
                 "step_MB": (extra or 0) / 1e6,
-                "read_per_step_MB": weights / 1e6,
                 "peak_MB": (weights + kept + (extra or 0)) / 1e6,
             }
             patcher.detach()
@@ -281,7 +280,7 @@ def main() -> int:
     rows: dict[str, list[dict[str, Any]]] = {}
     chosen = growth() if options.plot else {"": cases(options.device == "cuda", options.quick)}
     with tempfile.TemporaryDirectory(prefix="sd35-bench-") as base:
-        import_pack(found, Path(base))
+        import_pack(found, Path(base), cpu=options.device == "cpu")
         if options.memory:
             for case in (Case("Medium", 512, depth=12), Case("Large", 512, depth=5)):
                 print(json.dumps(memory(case, dtype, options.device), indent=1), flush=True)

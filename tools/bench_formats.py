@@ -11,13 +11,13 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import host
+from tools.bench import seconds
 
 HIDDEN, TOKENS, TEXT = 1536, 1024, 154
 
@@ -60,16 +60,14 @@ def measure(device: Any, runs: int) -> dict[str, dict[str, float]]:
     shapes = ((2, TEXT, HIDDEN), (2, TOKENS, HIDDEN), (2, HIDDEN))
     inputs = [torch.randn(s, generator=generator).bfloat16().to(device) for s in shapes]
     by_format = blocks(device)
-    seconds: dict[str, list[float]] = {name: [] for name in by_format}
+    timed: dict[str, list[float]] = {name: [] for name in by_format}
     with torch.inference_mode():
         for run in range(runs + 1):
             for name, block in by_format.items():
-                started = time.perf_counter()
-                out = block(*inputs)
-                float(out[1].sum())  # waits for the device
+                taken = seconds(lambda b=block: b(*inputs), device)
                 if run:
-                    seconds[name].append(time.perf_counter() - started)
-    base = statistics.median(seconds["bf16"])
+                    timed[name].append(taken)
+    base = statistics.median(timed["bf16"])
     return {
         name: {
             "ratio": statistics.median(taken) / base,
@@ -77,7 +75,7 @@ def measure(device: Any, runs: int) -> dict[str, dict[str, float]]:
             "MB": sum(t.numel() * t.element_size() for t in by_format[name].state_dict().values())
             / 1e6,
         }
-        for name, taken in seconds.items()
+        for name, taken in timed.items()
     }
 
 

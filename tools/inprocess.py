@@ -1,4 +1,4 @@
-"""ComfyUI imported into this process, on the CPU, and the pack as ComfyUI imports it."""
+"""ComfyUI imported into this process, and the pack as ComfyUI imports it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools import host
 PACKAGE = "sd35_pack"
 
 
-def import_pack(found: host.Host, base: Path) -> ModuleType:
+def import_pack(found: host.Host, base: Path, cpu: bool = True) -> ModuleType:
     """The pack as the package `sd35_pack`, its nodes loaded; `base` is ComfyUI's base directory.
 
     ComfyUI's own modules, `comfy` and the rest, can be imported afterwards. Once per process.
@@ -25,7 +25,8 @@ def import_pack(found: host.Host, base: Path) -> ModuleType:
     sys.path.insert(0, str(found.folder))
     options = importlib.import_module("comfy.options")
     options.enable_args_parsing()
-    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", str(base)]
+    device = ["--cpu"] if cpu else []
+    arguments, sys.argv = sys.argv, ["main.py", *device, "--base-directory", str(base)]
     try:
         importlib.import_module("comfy.cli_args")
     finally:

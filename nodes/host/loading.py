@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +20,10 @@ from ...sd35_core.checkpoint import (
     TensorFile,
     checked_config,
     diffusion_model,
-    shapes_of,
     under,
     with_axes,
 )
-from ...sd35_core.config import VARIANTS, config_from_shapes
+from ...sd35_core.config import AXES, VARIANTS
 from ...sd35_core.errors import CheckpointError
 from ...sd35_core.gguf_file import EXTENSION, GGUFFile
 from . import packed, resting
@@ -78,9 +78,9 @@ def model_from(
     found, _ = comfy.utils.convert_old_quants(
         diffusion_model(file.tensors, name), "", metadata=dict(file.metadata)
     )
-    checked_config(found, name)
+    shape = checked_config(found, name)
     found = with_axes(found)
-    config = SD35ModelConfig(config_from_shapes(shapes_of(found), name))
+    config = SD35ModelConfig(replace(shape, axes=AXES in found))
     config.quant_config = comfy.utils.detect_layer_quantization(found, "")
 
     management = comfy.model_management

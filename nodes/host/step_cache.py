@@ -25,7 +25,10 @@ def with_step_cache(
     def outer_sample(executor: Any, *arguments: Any, **named: Any) -> Any:
         guider, sigmas = executor.class_obj, arguments[3]
         guider.sd35_step_cache = cache = StepCache(pace, len(sigmas) - 1)
-        result = executor(*arguments, **named)
+        try:
+            result = executor(*arguments, **named)
+        finally:
+            del guider.sd35_step_cache  # a guider can outlive its run
         tell(report(name, cache), node_id)
         return result
 

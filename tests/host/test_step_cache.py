@@ -128,6 +128,19 @@ def test_two_runs_are_alike_and_interrupting_leaves_nothing(
     assert torch.equal(ksampler(model), first)
 
 
+def test_a_guider_that_outlives_its_run_keeps_nothing(
+    comfy: SimpleNamespace, ours: Any, cached: Any, conds: Conds
+) -> None:
+    model, told = cached(ours)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(conds.positive, conds.negative)
+    guider.set_cfg(4.0)
+    latent = torch.zeros(1, 16, 16, 16)
+    sigmas = torch.linspace(1, 0, 9)
+    guider.sample(latent + 1, latent, comfy.samplers.sampler_object("euler"), sigmas)
+    assert "of 8 steps left out" in told[-1] and not hasattr(guider, "sd35_step_cache")
+
+
 def test_settings_that_cannot_work_are_refused(
     comfy: SimpleNamespace, ours: Any, stock: Any
 ) -> None:
