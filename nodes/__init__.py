@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .check import SD35Check
 from .controlnet import SD35ControlHint, SD35ControlNetApply, SD35ControlNetLoader
 from .guidance import SkipLayerGuidance
+from .host import canvas
 from .loader import SD35Loader
 from .quantize import SD35Quantize
 from .sampler import SD35Sampler, SD35Sigmas
 from .step_cache import SD35StepCache
+from .sweep import SD35SkipLayerSweep
 
 
 class SD35Extension(ComfyExtension):
-    """All nodes of the pack."""
+    """All nodes of the pack, and what the canvas asks for."""
+
+    async def on_load(self) -> None:
+        canvas.serve()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
@@ -25,5 +31,7 @@ class SD35Extension(ComfyExtension):
             SD35ControlNetApply,
             SD35ControlHint,
             SD35StepCache,
+            SD35SkipLayerSweep,
             SD35Quantize,
+            SD35Check,
         ]

@@ -61,7 +61,7 @@ class SD35ControlNetLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(
         cls, control_net: str, depth_maps: str, reference: str = STABILITY
-    ) -> tuple[str, int, int]:
+    ) -> str:
         """Changes when the file is replaced, so that it is loaded again."""
         return files.fingerprint(files.controlnet_path(control_net))
 

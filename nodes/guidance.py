@@ -75,12 +75,14 @@ class SkipLayerGuidance(io.ComfyNode):
     def execute(
         cls, model: Any, layers: str, scale: float, start: float, end: float, controlnet: str = KEEP
     ) -> io.NodeOutput:
+        if scale == 0:
+            return io.NodeOutput(model)
         if start >= end:
             raise SettingError(
                 f"start is {start} and end is {end}: no step lies between. Make end the larger."
             )
         chosen = parse_layers(layers, depth_of(model))
-        if not chosen or scale == 0:
+        if not chosen:
             return io.NodeOutput(model)
         skip = SkipLayers(chosen, scale, start, end)
         return io.NodeOutput(with_skip_layers(model, skip, keep_control=controlnet == KEEP))

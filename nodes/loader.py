@@ -81,7 +81,7 @@ class SD35Loader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(
         cls, model: str, clip_l: str, clip_g: str, t5xxl: str, vae: str, **_: str
-    ) -> list[tuple[str, int, int]]:
+    ) -> list[str]:
         """Changes when a chosen file is replaced, so that it is loaded again."""
         encoders = {"clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl}
         paths = [files.model_path(model), *encoder_paths(encoders).values()]

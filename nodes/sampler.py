@@ -33,7 +33,7 @@ def schedule_inputs() -> dict[str, io.Input]:
             "schedule",
             options=list(SCHEDULES),
             tooltip="normal is the reference's. simple ends more softly, sgm_uniform with a "
-            "longer last step, beta spends steps at both ends, linear_quadratic suits few steps.",
+            "longer last step, beta spends steps at both ends, linear_quadratic needs 40 or more.",
         ),
         "denoise": io.Float.Input(
             "denoise",

@@ -56,16 +56,20 @@ class GGUFFile(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         tensor = self.tensors[key]
         kind = tensor.tensor_type.name
-        shape = self.fields.get(SHAPE + key) or [int(side) for side in reversed(tensor.shape)]
         try:
             values = self._gguf.dequantize(tensor.data, tensor.tensor_type)
             decoded = torch.tensor(values, dtype=None if kind == "F32" else torch.float16)
-            return decoded.view([int(side) for side in shape])
+            return decoded.view(self.shape(key))
         except (NotImplementedError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"'{self.path.name}': '{key}' ({kind}) can't be decoded: {error}. Choose another "
                 "file of this model."
             ) from error
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Without decoding the tensor."""
+        sides = self.fields.get(SHAPE + key) or reversed(self.tensors[key].shape)
+        return tuple(int(side) for side in sides)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

@@ -1,4 +1,4 @@
-"""The settings that each published model was made for, as its authors use them."""
+"""The settings that each model was made for, as its authors use them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .guidance import SkipLayers
 class Recipe:
     """One model's settings. Source: Stability AI's reference code and model cards."""
 
+    name: str
     steps: int
     cfg: float
     shift: float = 3.0
@@ -19,13 +20,46 @@ class Recipe:
     skip_layers: SkipLayers | None = None
 
 
+_CONTROLNET = {"steps": 60, "cfg": 3.5, "sampler": "euler"}
+_MEDIUM_LAYERS = SkipLayers(frozenset({7, 8, 9}), 2.5, 0.01, 0.20)
+
 RECIPES = {
-    "sd3_medium": Recipe(steps=50, cfg=5.0, shift=1.0),
-    "sd3.5_medium": Recipe(steps=50, cfg=5.0),
+    "sd35_nano": Recipe("SD3.5 nano (comes with the pack)", 28, 4.0, 1.0, schedule="simple"),
+    "sd3.5_medium": Recipe("SD3.5 Medium", steps=50, cfg=5.0),
     "sd3.5_medium_slg": Recipe(
-        steps=50, cfg=4.0, skip_layers=SkipLayers(frozenset({7, 8, 9}), 2.5, 0.01, 0.20)
+        "SD3.5 Medium + Skip Layer Guidance", steps=50, cfg=4.0, skip_layers=_MEDIUM_LAYERS
     ),
-    "sd3.5_large": Recipe(steps=40, cfg=4.5),
-    "sd3.5_large_turbo": Recipe(steps=4, cfg=1.0, sampler="euler"),
-    "sd3.5_large_controlnet": Recipe(steps=60, cfg=3.5, sampler="euler"),
+    "sd3.5_large": Recipe("SD3.5 Large", steps=40, cfg=4.5),
+    "sd3.5_large_turbo": Recipe("SD3.5 Large Turbo", steps=4, cfg=1.0, sampler="euler"),
+    "sd3.5_large_blur": Recipe("SD3.5 Large + blur ControlNet", **_CONTROLNET),
+    "sd3.5_large_canny": Recipe("SD3.5 Large + canny ControlNet", **_CONTROLNET),
+    "sd3.5_large_depth": Recipe("SD3.5 Large + depth ControlNet", **_CONTROLNET),
+    "sd3_medium": Recipe("SD3 Medium", steps=50, cfg=5.0, shift=1.0),
 }
+"""By key; `sd35_nano` is the model that comes with the pack."""
+
+LAYER_PRESETS = {
+    "sd3.5_medium": [["Stability AI's", "7, 8, 9"], ["none", ""]],
+    "sd35_nano": [["layer 1", "1"], ["none", ""]],
+}
+"""Recipe -> names and layers that are known to do no harm, to choose from."""
+
+NANO, TURBO = "sd35_nano", "turbo"
+
+
+def layers_text(layers: frozenset[int]) -> str:
+    """As the widget has it: "7, 8, 9"."""
+    return ", ".join(map(str, sorted(layers)))
+
+
+def recipe_of(variant: str, file_name: str) -> str | None:
+    """The key of the recipe for a model, by its variant and its file's name; None if unknown.
+
+    Only the name tells Large Turbo from Large.
+    """
+    name = file_name.replace("\\", "/").rpartition("/")[2].lower()
+    if name.startswith(NANO):
+        return NANO
+    if variant == "sd3.5_large" and TURBO in name:
+        return "sd3.5_large_turbo"
+    return variant if variant in RECIPES else None

@@ -95,6 +95,26 @@ def sigmas(steps: int, shift: float, schedule: str = "normal", denoise: float = 
     return torch.cat([levels, levels.new_zeros(1)])[-(steps + 1) :]
 
 
+def acting_steps(
+    levels: list[float], start: float, end: float, shift: float, closed: bool = False
+) -> list[int]:
+    """The steps, from 0, that lie between two shares of the way from noise to picture.
+
+    `levels`: the noise level of each. As the host and ControlNets have it, a share is a time,
+    shifted; the end belongs to the window only if it is `closed`.
+    """
+    first, last = (_level_at(share, shift) for share in (start, end))
+    return [
+        step
+        for step, level in enumerate(levels)
+        if last < level <= first or (closed and level == last)
+    ]
+
+
+def _level_at(share: float, shift: float) -> float:
+    return float(shifted(torch.tensor(1.0 - share, dtype=torch.float64), shift))
+
+
 Denoise = Callable[..., Tensor]
 """(x, sigma (B,), **extra_args) -> the denoised x."""
 Callback = Callable[[dict[str, Any]], None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import folder_paths
@@ -90,10 +91,15 @@ def path_in(folder: str, name: str) -> Path:
     return Path(path)
 
 
-def fingerprint(path: str | Path) -> tuple[str, int, int]:
-    """Path, size and time of a file: something else when the file is replaced."""
+def fingerprint(path: str | Path) -> str:
+    """Something else when the file is replaced. A hash of path, size and time: the host writes it
+    into every picture, where a path has no place."""
     stat = Path(path).stat()
-    return str(path), stat.st_size, stat.st_mtime_ns
+    return hashed(f"{path} {stat.st_size} {stat.st_mtime_ns}")
+
+
+def hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def missing(name: str, folder: str) -> CheckpointError:

@@ -73,6 +73,7 @@ def test_help_pages_are_served_for_every_node(server: hosts.Server) -> None:
         with urllib.request.urlopen(url) as answer:
             assert answer.read().decode() == path.read_text(encoding="utf-8")
     assert {p.stem for p in (PACK / "web" / "docs").glob("*.md")} == {
+        "SD35Check",
         "SD35ControlHint",
         "SD35ControlNetApply",
         "SD35ControlNetLoader",
@@ -81,5 +82,6 @@ def test_help_pages_are_served_for_every_node(server: hosts.Server) -> None:
         "SD35Quantize",
         "SD35Sampler",
         "SD35Sigmas",
+        "SD35SkipLayerSweep",
         "SkipLayerGuidance",
     }

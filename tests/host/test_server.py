@@ -60,7 +60,7 @@ def test_nodes_are_listed_with_tooltips_on_every_widget(server: hosts.Server) ->
     assert set(ours) == {
         "SD35Loader", "SkipLayerGuidance", "SD35Sampler", "SD35Sigmas",
         "SD35ControlNetLoader", "SD35ControlNetApply", "SD35ControlHint", "SD35StepCache",
-        "SD35Quantize",
+        "SD35Quantize", "SD35Check", "SD35SkipLayerSweep",
     }  # fmt: skip
     for name, node in ours.items():
         assert node["description"]
@@ -294,6 +294,19 @@ def test_skip_layers_that_cannot_work_are_refused(
     with pytest.raises(hosts.HostError, match=words):
         hosts.run_prompt(server.url, prompt)
     assert server.alive()
+
+
+def test_a_scale_of_zero_is_off_whatever_the_layers(
+    server: hosts.Server, workflow: dict[str, Any]
+) -> None:
+    prompt = changed(workflow, seed=21, steps=4)
+    plain = picture(server, prompt)
+    prompt["20"] = {
+        "class_type": "SkipLayerGuidance",
+        "inputs": {"model": ["1", 0], "layers": "7, 8, 9", "scale": 0, "start": 0.5, "end": 0.2},
+    }
+    prompt["5"]["inputs"]["model"] = ["20", 0]
+    assert np.array_equal(picture(server, prompt), plain)
 
 
 def test_a_replaced_file_is_loaded_again(

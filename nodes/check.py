@@ -1,0 +1,72 @@
+"""SD35Check: what will go wrong, or do nothing, said before it is sampled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..sd35_core.errors import SettingError
+from ..sd35_core.preflight import findings, report
+from .host import preflight
+from .host.files import hashed
+from .host.report import tell
+
+REPORT, ERRORS, WARNINGS = "report", "stop at errors", "stop at warnings"
+STOPS = {REPORT: (), ERRORS: ("error",), WARNINGS: ("error", "warning")}
+
+
+class SD35Check(io.ComfyNode):
+    """Looks at everything that leads to a sampler and says what it sees."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SD35Check",
+            display_name="SD3.5 Check",
+            category="SD3.5",
+            description="Put it before the sampler. It looks at the model, prompts, ControlNets, "
+            "latent and the sampler's widgets, and says what will go wrong or do nothing, and "
+            "what to do. What goes in comes out unchanged.",
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model, with whatever is attached to it."),
+                io.Conditioning.Input("positive", tooltip="The prompt."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt."),
+                io.Latent.Input("latent", tooltip="The latent for the sampler."),
+                io.Vae.Input("vae", optional=True, tooltip="The VAE that will decode."),
+                io.Combo.Input(
+                    "strict",
+                    options=list(STOPS),
+                    tooltip="report: say it and go on. The others stop the run before sampling, "
+                    "with the same words.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model, unchanged."),
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt, unchanged."),
+                io.Conditioning.Output(
+                    display_name="negative", tooltip="The negative prompt, unchanged."
+                ),
+                io.Latent.Output(tooltip="The latent, unchanged."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        """Changes with what the workflow after this node says, which is no input of it."""
+        setups = preflight.static(preflight.running_graph(), cls.hidden.unique_id)
+        return hashed("\n".join(report(findings(setup)) for setup in setups))
+
+    @classmethod
+    def execute(
+        cls, model: Any, positive: Any, negative: Any, latent: Any, strict: str, vae: Any = None
+    ) -> io.NodeOutput:
+        node_id, graph = cls.hidden.unique_id, cls.hidden.prompt or {}
+        found = preflight.said(graph, node_id, model, positive, negative, latent, vae)
+        text = report(found)
+        tell(text, node_id)
+        if any(finding.severity in STOPS[strict] for finding in found):
+            raise SettingError(f"Stopped before sampling, as 'strict' says.\n{text}")
+        return io.NodeOutput(model, positive, negative, latent, ui=ui.PreviewText(text))

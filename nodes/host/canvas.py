@@ -1,0 +1,158 @@
+"""What the canvas draws on this pack's nodes: answers to the workflow that is open there.
+
+The page asks with the canvas' own JSON; all arithmetic and all words are here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from aiohttp import web
+from server import PromptServer
+
+from ...sd35_core.errors import SD35Error, SettingError
+from ...sd35_core.guidance import SkipLayers, parse_layers
+from ...sd35_core.preflight import Setup, findings
+from ...sd35_core.recipes import LAYER_PRESETS, RECIPES, Recipe, layers_text
+from ...sd35_core.sampling import acting_steps
+from ...sd35_core.workflow import Reader, api_graph
+from .preflight import find
+
+ROUTE = "/sd35"
+SAMPLER, SKIP, LOADER = "SD35Sampler", "SkipLayerGuidance", "SD35Loader"
+CHOSEN = "sd35_recipe"
+"""The property of a sampler on the canvas that keeps its recipe."""
+LARGEST = 32 * 2**20
+"""Bytes of a workflow."""
+
+
+def serve() -> None:
+    """Put the answers on the host's server; without one, as in a test, nothing happens."""
+    server = getattr(PromptServer, "instance", None)
+    if server is None:
+        return
+    server.routes.get(f"{ROUTE}/recipes")(answer_recipes)
+    server.routes.post(f"{ROUTE}/plan")(answer_plan)
+
+
+async def answer_recipes(request: web.Request) -> web.Response:
+    return web.json_response({key: recipe_values(recipe) for key, recipe in RECIPES.items()})
+
+
+async def answer_plan(request: web.Request) -> web.Response:
+    try:
+        workflow = json.loads(await request.content.read(LARGEST))
+        if not isinstance(workflow, dict):
+            raise SettingError("This is no workflow.")
+        return web.json_response(plan(workflow))
+    except (ValueError, RecursionError, SD35Error) as error:
+        return web.json_response({"error": str(error)}, status=400)
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as widgets: those of the sampler, and those of Skip Layer Guidance."""
+    values = asdict(recipe)
+    name, skip = values.pop("name"), recipe.skip_layers
+    del values["skip_layers"]
+    widgets = {"scale": 0.0} if skip is None else skip_values(skip)
+    return {"name": name, "sampler": values, "skip": widgets}
+
+
+def skip_values(skip: SkipLayers) -> dict[str, Any]:
+    window = {"scale": skip.scale, "start": skip.start, "end": skip.end}
+    return {"layers": layers_text(skip.layers), **window}
+
+
+def plan(workflow: dict[str, Any]) -> dict[str, Any]:
+    """Node id -> what to draw on it."""
+    graph = api_graph(workflow)
+    reader = Reader(graph, find)
+    chosen = {
+        str(node.get("id")): (node.get("properties") or {}).get(CHOSEN)
+        for node in workflow.get("nodes", ())
+        if isinstance(node, dict)
+    }
+    found: dict[str, Any] = {}
+    for key, node in graph.items():
+        if node["class_type"] == SAMPLER:
+            found[key] = sampler_panel(reader, key, chosen.get(key))
+        elif node["class_type"] == SKIP:
+            found[key] = skip_panel(reader, key)
+    return found
+
+
+def sampler_panel(reader: Reader, key: str, chosen: str | None) -> dict[str, Any]:
+    """The curve with its windows, the recipe and what differs from it, and what to say."""
+    setup = reader.setup(key)
+    chain = list(reader.chain(key, "model", "model1"))
+    skips = [k for k in chain if reader.kind(k) == SKIP]
+    recipe = chosen if chosen in RECIPES else likely_recipe(setup)
+    return {
+        "recipe": recipe,
+        "model_recipe": likely_recipe(setup),
+        "loader": next((k for k in chain if reader.kind(k) == LOADER), None),
+        "skip_nodes": skips,
+        "changed": changed(reader, key, skips, recipe) if recipe else [],
+        "levels": setup.levels or [],
+        "bands": bands(setup),
+        "findings": [[finding.severity, finding.text] for finding in findings(setup)],
+    }
+
+
+def likely_recipe(setup: Setup) -> str | None:
+    """The recipe of what is connected: the model, and what steers it."""
+    recipe = setup.model.recipe if setup.model else None
+    if recipe == "sd3.5_medium" and any(skip.scale for skip in setup.skips):
+        return "sd3.5_medium_slg"
+    kinds = [control.control_type for control in setup.controls]
+    with_control = f"{recipe}_{kinds[0]}" if kinds else ""
+    return with_control if with_control in RECIPES else recipe
+
+
+def changed(reader: Reader, key: str, skips: list[str], recipe: str) -> list[list[Any]]:
+    """[node, widget, value, the recipe's] of each widget that differs."""
+    values = recipe_values(RECIPES[recipe])
+    wanted = [(key, name, value) for name, value in values["sampler"].items()]
+    wanted += [(node, name, value) for node in skips for name, value in values["skip"].items()]
+    seen = [(node, name, reader.value(node, name), value) for node, name, value in wanted]
+    return [list(entry) for entry in seen if entry[2] is not None and entry[2] != entry[3]]
+
+
+def bands(setup: Setup) -> list[dict[str, Any]]:
+    """For each guidance and ControlNet, the steps on which it acts."""
+    levels, steps = setup.levels or [], setup.sampling.steps or 0
+    found = []
+    for skip in setup.skips:
+        if skip.stock:
+            continue
+        try:
+            layers = parse_layers(skip.layers)
+        except SettingError:
+            continue
+        own = SkipLayers(layers, skip.scale, skip.start, skip.end)
+        acting = [step for step in range(len(levels)) if own.active(step, steps)]
+        found.append({"kind": "skip", "name": "Skip Layer Guidance", "steps": acting})
+    for control in setup.controls:
+        if control.start is None or control.end is None:
+            continue
+        name = f"{control.control_type or ''} ControlNet".strip()
+        shift = setup.sampling.shift or 3.0
+        acting = acting_steps(levels, control.start, control.end, shift) if control.strength else []
+        found.append({"kind": "control", "name": name, "steps": acting})
+    return found
+
+
+def skip_panel(reader: Reader, key: str) -> dict[str, Any]:
+    """The layers of the model before the node and which of them the text means."""
+    model = reader.model(list(reader.chain(key, "model", "model1")))
+    depth = model.depth if model else None
+    text = reader.value(key, "layers")
+    panel = {"depth": depth, "layers": [], "error": None}
+    panel["presets"] = LAYER_PRESETS.get((model.recipe if model else None) or "", [])
+    try:
+        panel["layers"] = sorted(parse_layers(text if isinstance(text, str) else "", depth))
+    except SettingError as error:
+        panel["error"] = str(error)
+    return panel

@@ -1,0 +1,163 @@
+"""What a workflow's files are, from their headers alone, as facts for the preflight."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from .checkpoint import (
+    CONTROLNET_MARKS,
+    DIFFUSERS_MARK,
+    MARK,
+    PREFIXES,
+    QUANTIZATION_SUFFIXES,
+    RENAMED,
+    TensorFile,
+    is_controlnet,
+    keys_under,
+)
+from .config import VARIANTS, MMDiTXConfig, Shapes, config_from_shapes
+from .errors import CheckpointError
+from .gguf_file import EXTENSION, GGUFFile
+from .preflight import Control, Model
+from .recipes import NANO, recipe_of
+
+
+def model_in(path: Path) -> Model | None:
+    """Facts of a diffusion model's file, from its header; None for a damaged one."""
+    stat = path.stat()
+    return _model_in(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _model_in(path: Path, *_: int) -> Model | None:
+    """Kept while the file is the same: the canvas asks often."""
+    try:
+        file = GGUFFile(path) if path.suffix.lower() == EXTENSION else TensorFile(path)
+        config = config_of(file)
+    except CheckpointError:
+        return None
+    if config is None:
+        kind = "ControlNet" if is_controlnet(file) else "file of another model"
+        return Model(kind=f"{kind} ('{path.name}')")
+    packed = any(key.endswith(QUANTIZATION_SUFFIXES) for key in file)
+    return model_of(config, path.name, packed)
+
+
+def model_of(config: MMDiTXConfig, name: str, packed: bool) -> Model:
+    """Facts of a known shape; `name` is the file's."""
+    variant = config.variant if config.variant in VARIANTS else None
+    return Model(
+        recipe=recipe_of(config.variant, name),
+        variant=variant,
+        depth=config.depth,
+        hidden=config.hidden,
+        context_dim=config.context_dim,
+        pooled_dim=config.pooled_dim,
+        positions=config.pos_embed_max_size,
+        packed=packed,
+    )
+
+
+def model_named(name: str) -> Model | None:
+    """Facts of a published model by its file's name, where the file is not at hand."""
+    plain = name.lower().replace("-", "_").replace("sd35", "sd3.5").replace("sd3.5_nano", NANO)
+    for variant, config in VARIANTS.items():
+        if variant in plain.replace("stable_diffusion_3.5", "sd3.5"):
+            return model_of(config, name, packed=False)
+    return None
+
+
+def config_of(file: TensorFile | GGUFFile) -> MMDiTXConfig | None:
+    """The shape of the SD3 model in a file, in Stability's or diffusers' layout."""
+    for prefix in PREFIXES:
+        shapes = {key: file.shape(prefix + key) for key in keys_under(file, prefix)}
+        if MARK in shapes:
+            return config_from_shapes(shapes, file.path.name)
+        if DIFFUSERS_MARK in shapes and not is_controlnet(file, prefix):
+            return config_from_shapes(_stability_shapes(shapes), file.path.name)
+    return None
+
+
+def _stability_shapes(shapes: Shapes) -> Shapes:
+    """Those of diffusers' keys that decide a configuration."""
+    found: dict[str, tuple[int, ...]] = {}
+    for key, shape in shapes.items():
+        block = re.match(r"transformer_blocks\.(\d+)\.(.+)", key)
+        if block is None:
+            name, _, suffix = key.rpartition(".")
+            renamed = RENAMED.get(key) or (f"{RENAMED[name]}.{suffix}" if name in RENAMED else key)
+            found[renamed] = shape
+            continue
+        inner = {
+            "attn2.to_q.weight": "x_block.attn2.qkv.weight",
+            "attn.norm_added_k.weight": "context_block.attn.ln_k.weight",
+        }.get(block[2], block[2])
+        found[f"joint_blocks.{block[1]}.{inner}"] = shape
+    return found
+
+
+def control_in(path: Path) -> Control:
+    """Facts of a ControlNet's file, from its header."""
+    try:
+        file = TensorFile(path)
+    except CheckpointError:
+        return Control()
+    if (
+        not all(mark in file for mark in CONTROLNET_MARKS)
+        or "pos_embed_input.proj.bias" not in file
+    ):
+        return Control(foreign="of another model")
+    width = file.shape("pos_embed_input.proj.weight")[0]
+    found = re.search(r"blur|canny|depth", path.name.lower())
+    return Control(hidden=width, control_type=found[0] if found else None)
+
+
+def vae_channels(path: Path) -> int | None:
+    """Of a VAE's file, from the first layer of its decoder."""
+    try:
+        file = TensorFile(path)
+    except CheckpointError:
+        return None
+    marks = ("decoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight",
+             "taesd_decoder.1.weight", "decoder.layers.0.weight")  # fmt: skip
+    return next((file.shape(mark)[1] for mark in marks if mark in file), None)
+
+
+_STABILITY_MODULE = re.compile(
+    r"joint_blocks_(\d+)_(x_block|context_block)_(attn2?_(qkv|proj)|mlp_fc[12]|adaLN_modulation_1)"
+)
+_DIFFUSERS_MODULE = re.compile(
+    r"transformer_blocks_(\d+)_(attn2?_(to_[qkv]|to_out_0|add_[qkv]_proj|to_add_out)"
+    r"|ff(_context)?_net_(0_proj|2)|norm1(_context)?_linear)"
+)
+_OUTER_MODULE = re.compile(
+    r"(x_embedder_proj|pos_embed_proj|context_embedder|[ty]_embedder_mlp_[02]|proj_out"
+    r"|final_layer_(linear|adaLN_modulation_1)|norm_out_linear"
+    r"|time_text_embed_(timestep|text)_embedder_linear_[12])"
+)
+_TEXT_MODULE = re.compile(r"^(lora_te\d?_|text_encoder|te\d?_|clip_[lg]|t5xxl)")
+
+
+def matched_keys(path: Path, model: Model) -> tuple[int | None, int | None]:
+    """(keys for a diffusion model, those that fit this one) of a LoRA's file, from its header."""
+    try:
+        file = TensorFile(path)
+    except CheckpointError:
+        return None, None
+    keys = [key for key in file if key.endswith(".weight") and not _TEXT_MODULE.match(key)]
+    return len(keys), sum(_fits(key, file.shape(key), model) for key in keys)
+
+
+def _fits(key: str, shape: tuple[int, ...], model: Model) -> bool:
+    """Whether a LoRA's key names a layer of the model, of its width."""
+    name = key.replace(".", "_")
+    block = _STABILITY_MODULE.search(name) or _DIFFUSERS_MODULE.search(name)
+    if block is None:
+        return _OUTER_MODULE.search(name) is not None and "transformer_blocks" not in name
+    if model.depth is not None and int(block[1]) >= model.depth:
+        return False
+    if model.hidden is None or len(shape) != 2:
+        return True
+    return any(side % model.hidden == 0 for side in shape)

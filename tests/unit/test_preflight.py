@@ -1,0 +1,479 @@
+"""The preflight on workflows: what is wrong is said, what is right is not."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sd35_core.errors import SettingError
+from sd35_core.preflight import Latent, Model, Prompt, Setup, findings
+from sd35_core.workflow import (
+    about_tokens,
+    api_graph,
+    check,
+    files_under,
+    leading_to,
+    main,
+    setups,
+)
+
+from ..conftest import PACK
+
+Graph = dict[str, dict[str, Any]]
+Change = Callable[[Graph], None]
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def medium() -> Graph:
+    """SD3.5 Medium as its recipe has it."""
+    return {
+        "1": node(
+            "SD35Loader", model="sd3.5_medium.safetensors", clip_l="l", clip_g="g", t5xxl="t",
+            vae="from model file", weight_dtype="default",
+        ),
+        "2": node("CLIPTextEncode", text="an old fisherman mends his net", clip=["1", 1]),
+        "3": node("CLIPTextEncode", text="", clip=["1", 1]),
+        "4": node("EmptySD3LatentImage", width=1024, height=1024, batch_size=1),
+        "5": node(
+            "SD35Sampler", model=["1", 0], positive=["2", 0], negative=["3", 0], latent=["4", 0],
+            seed=1, steps=50, cfg=5.0, shift=3.0, sampler="dpmpp_2m", schedule="normal",
+            denoise=1.0,
+        ),
+        "6": node("VAEDecode", samples=["5", 0], vae=["1", 2]),
+        "7": node("SaveImage", images=["6", 0], filename_prefix="x"),
+    }  # fmt: skip
+
+
+def set_to(key: str, **inputs: Any) -> Change:
+    return lambda graph: graph[key]["inputs"].update(inputs)
+
+
+def both(*changes: Change) -> Change:
+    def change(graph: Graph) -> None:
+        for one in changes:
+            one(graph)
+
+    return change
+
+
+def on_model(kind: str, **inputs: Any) -> Change:
+    """A node between whatever the sampler's model is and the sampler."""
+
+    def change(graph: Graph) -> None:
+        key = str(10 + len(graph))
+        graph[key] = node(kind, model=graph["5"]["inputs"]["model"], **inputs)
+        graph["5"]["inputs"]["model"] = [key, 0]
+
+    return change
+
+
+def slg(**inputs: Any) -> Change:
+    values = {"layers": "7, 8, 9", "scale": 2.5, "start": 0.01, "end": 0.2, **inputs}
+    return on_model("SkipLayerGuidance", **values)
+
+
+def stock_slg(**inputs: Any) -> Change:
+    values = {"double_layers": "7, 8, 9", "single_layers": "", "scale": 2.5,
+              "start_percent": 0.01, "end_percent": 0.2, **inputs}  # fmt: skip
+    return on_model("SkipLayerGuidanceDiT", **values)
+
+
+def control(name: str, vae: bool = True, **inputs: Any) -> Change:
+    """A ControlNet on both prompts."""
+
+    def change(graph: Graph) -> None:
+        key = str(10 + len(graph))
+        graph[key] = node("SD35ControlNetLoader", control_net=name, depth_maps="near is bright")
+        values = {"strength": 1.0, "start": 0.0, "end": 1.0, **inputs}
+        sampler = graph["5"]["inputs"]
+        applied = node(
+            "SD35ControlNetApply", positive=sampler["positive"], negative=sampler["negative"],
+            control_net=[key, 0], image=["99", 0], **values,
+        )  # fmt: skip
+        if vae:
+            applied["inputs"]["vae"] = ["1", 2]
+        graph[key + "0"] = applied
+        sampler.update(positive=[key + "0", 0], negative=[key + "0", 1])
+
+    return change
+
+
+def ksampler(graph: Graph, scheduler: str = "normal") -> None:
+    old = graph["5"]["inputs"]
+    graph["5"] = node(
+        "KSampler", model=old["model"], positive=old["positive"], negative=old["negative"],
+        latent_image=old["latent"], seed=1, steps=old["steps"], cfg=old["cfg"],
+        sampler_name="dpmpp_2m", scheduler=scheduler, denoise=old["denoise"],
+    )  # fmt: skip
+
+
+def stock_loader(graph: Graph) -> None:
+    graph["1"] = node("CheckpointLoaderSimple", ckpt_name="sd3.5_medium.safetensors")
+
+
+def large(graph: Graph) -> None:
+    graph["1"]["inputs"]["model"] = "sd3.5_large.safetensors"
+    graph["5"]["inputs"].update(steps=40, cfg=4.5)
+
+
+def turbo(graph: Graph) -> None:
+    graph["1"]["inputs"]["model"] = "sd3.5_large_turbo.safetensors"
+    graph["5"]["inputs"].update(steps=4, cfg=1.0, sampler="euler")
+
+
+def nano(graph: Graph) -> None:
+    graph["1"]["inputs"]["model"] = "sd35_nano.safetensors"
+    graph["4"]["inputs"].update(width=128, height=128)
+    graph["5"]["inputs"].update(steps=28, cfg=4.0, shift=1.0, schedule="simple")
+
+
+def encoded(graph: Graph) -> None:
+    """Image to image."""
+    graph["8"] = node("VAEEncode", pixels=["99", 0], vae=["1", 2])
+    graph["5"]["inputs"].update(latent=["8", 0], denoise=0.6)
+
+
+def inpaint(graph: Graph) -> None:
+    encoded(graph)
+    graph["9"] = node("SetLatentNoiseMask", samples=["8", 0], mask=["99", 1])
+    graph["5"]["inputs"].update(latent=["9", 0], denoise=1.0)
+
+
+def lora(name: str, strength: float = 1.0) -> Change:
+    return on_model("LoraLoaderModelOnly", lora_name=name, strength_model=strength)
+
+
+def custom(graph: Graph) -> None:
+    """SamplerCustomAdvanced with the pack's schedule."""
+    old = graph["5"]["inputs"]
+    graph["20"] = node("CFGGuider", model=old["model"], positive=old["positive"],
+                       negative=old["negative"], cfg=old["cfg"])  # fmt: skip
+    graph["21"] = node("SD35Sigmas", steps=old["steps"], shift=3.0, schedule="normal", denoise=1.0)
+    graph["22"] = node("KSamplerSelect", sampler_name="dpmpp_2m")
+    graph["5"] = node("SamplerCustomAdvanced", noise=["23", 0], guider=["20", 0],
+                      sampler=["22", 0], sigmas=["21", 0], latent_image=old["latent"])  # fmt: skip
+
+
+LONG = "a very detailed and carefully painted harbour with boats, " * 30
+WRONG: dict[str, tuple[Change, str, str]] = {
+    "Turbo with cfg 4": (
+        both(turbo, set_to("5", cfg=4.0)), "turbo cfg",
+        "cfg is 4, but Large Turbo was distilled to go without guidance.*Set cfg to 1"),
+    "Turbo with 40 steps": (
+        both(turbo, set_to("5", steps=40)), "turbo steps", "steps is 40.*Set steps to 4"),
+    "Turbo with skipped layers": (both(turbo, slg()), "turbo slg", "Remove the node"),
+    "Medium in 4 steps": (set_to("5", steps=4), "few steps", "steps is 4.*Set steps to 50"),
+    "Large at cfg 1": (both(large, set_to("5", cfg=1.0)), "low cfg", "cfg is 1.*Set cfg to 4.5"),
+    "cfg 15": (set_to("5", cfg=15.0), "high cfg", "cfg is 15"),
+    "shift 1": (set_to("5", shift=1.0), "shift", "shift is 1, but SD3.5 was made for 3"),
+    "the small model with shift 3": (
+        both(nano, set_to("5", shift=3.0)), "shift", "shift is 3.*Set shift to 1"),
+    "karras": (lambda g: ksampler(g, "karras"), "schedule", "karras.*Use normal"),
+    "a negative prompt at cfg 1": (
+        both(turbo, set_to("3", text="ugly")), "unused negative", "Empty it, or raise cfg"),
+    "one prompt for both": (
+        set_to("5", negative=["2", 0]), "same prompts", "guidance cancels itself"),
+    "an empty latent at denoise 0.5": (
+        set_to("5", denoise=0.5), "denoise of nothing", "denoise is 0.5.*empty"),
+    "a picture at denoise 1": (
+        both(encoded, set_to("5", denoise=1.0)), "denoise of all", "nothing of the picture"),
+    "layers that are no numbers": (slg(layers="7, x"), "slg layers", "'x' is not a layer number"),
+    "a layer that is not there": (slg(layers="30"), "slg layers", "layers 0 to 23.*no layer 30"),
+    "a window the wrong way round": (
+        slg(start=0.5, end=0.2), "slg window", "starts at 0.5 and ends at 0.2"),
+    "skipped layers on no step": (
+        both(set_to("5", steps=10), slg(end=0.05)), "slg steps", "none of the 10 steps"),
+    "scale 0": (slg(scale=0.0), "slg off", "its scale is 0"),
+    "ComfyUI's skip-layer node with karras": (
+        both(stock_slg(), lambda g: ksampler(g, "karras")), "slg steps", "acts on 0"),
+    "ComfyUI's skip-layer node with linear_quadratic": (
+        both(stock_slg(), lambda g: ksampler(g, "linear_quadratic")), "slg steps", "acts on 27"),
+    "Medium's layers on Large": (both(large, slg()), "slg large", "Layers 7, 8, 9 are SD3.5 Medi"),
+    "skipped layers at cfg 8": (both(slg(), set_to("5", cfg=8.0)), "slg cfg", "cfg is 8"),
+    "Large's ControlNet on Medium": (
+        control("large_canny.safetensors"), "control base",
+        "canny ControlNet was made for SD3.5 Large, but the model is SD3.5 Medium"),
+    "a ControlNet without VAE": (
+        both(large, control("large_canny.safetensors", vae=False)), "control vae",
+        "none is connected"),
+    "a ControlNet of SD 1.5": (control("sd15.safetensors"), "control kind", "can't steer SD3.5"),
+    "a ControlNet at strength 0": (
+        both(large, control("large_canny.safetensors", strength=0.0)), "control off",
+        "its strength is 0"),
+    "a ControlNet's window the wrong way round": (
+        both(large, control("large_canny.safetensors", start=0.8, end=0.2)), "control window",
+        "starts at 0.8 and ends at 0.2"),
+    "a ControlNet on no step": (
+        both(large, control("large_canny.safetensors", start=0.51, end=0.52),
+             set_to("5", steps=10)), "control steps", "none of the 10 steps"),
+    "a ControlNet at strength 3": (
+        both(large, control("large_canny.safetensors", strength=3.0)), "control strength", "is 3"),
+    "a ControlNet on Turbo": (
+        both(turbo, control("large_canny.safetensors")), "control turbo", "untried"),
+    "600 words": (set_to("2", text=LONG), "long prompt", "T5 tokens.*256"),
+    "no prompt": (set_to("2", text="  "), "empty prompt", "The positive prompt is empty"),
+    "a zeroed prompt": (
+        lambda g: (g.update({"30": node("ConditioningZeroOut", conditioning=["2", 0])}),
+                   g["5"]["inputs"].update(positive=["30", 0]))[0],
+        "pooled empty", "all zeros"),
+    "1000x1000": (set_to("4", width=1000, height=1000), "size multiple", "Use 992x992"),
+    "256x256": (set_to("4", width=256, height=256), "size", "0.06 megapixels"),
+    "2048x2048": (set_to("4", width=2048, height=2048), "size", "4.00 megapixels"),
+    "beyond Large's table": (
+        both(large, set_to("4", width=3200, height=512)), "size table", "3072x3072"),
+    "the small model at 512": (
+        both(nano, set_to("4", width=512, height=512)), "size", "draws 128x128 well"),
+    "no VAE": (set_to("1", vae="none"), "vae missing", "There is no VAE"),
+    "SD 1.5's VAE": (set_to("1", vae="sd15_vae.safetensors"), "vae channels", "4 latent channels"),
+    "an SDXL LoRA": (lora("sdxl.safetensors"), "lora nothing", "none of its 2 keys"),
+    "a LoRA of Large on Medium": (
+        lora("large_lora.safetensors"), "lora nothing", "'large_lora.safetensors' does nothing"),
+    "a LoRA at 0": (lora("medium_lora.safetensors", 0.0), "lora off", "strength 0"),
+    "a LoRA on a quantized model": (
+        both(nano, set_to("1", model="packed.safetensors"), lora("nano_lora.safetensors")),
+        "lora quantized", "unpacked weights"),
+    "FreeU": (on_model("FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2), "idle", "FreeU V2 does noth"),
+    "EasyCache on ComfyUI's own model": (
+        both(stock_loader, on_model("EasyCache")), "idle", "EasyCache does nothing"),
+    "two caches": (
+        both(on_model("SD35StepCache", pace="safe"), on_model("EasyCache")), "caches",
+        "EasyCache and SD3.5 Step Cache both"),
+    "ModelSamplingSD3 before our sampler": (
+        on_model("ModelSamplingSD3", shift=5.0), "shift twice", r"\(3\) counts"),
+    "ModelSamplingDiscrete": (
+        both(on_model("ModelSamplingDiscrete", sampling="eps"), ksampler), "model sampling",
+        "gives noise"),
+    "our node on ComfyUI's own model": (
+        both(stock_loader, slg()), "model loader", "Load it with SD3.5 Loader"),
+    "another model": (set_to("1", model="flux.safetensors"), "model", "not Stable Diffusion 3"),
+}  # fmt: skip
+
+RIGHT: dict[str, Change] = {
+    "Medium": lambda g: None,
+    "Medium with skipped layers": both(slg(), set_to("5", cfg=4.0)),
+    "Large": large,
+    "Large Turbo": turbo,
+    "Large with canny": both(large, control("large_canny.safetensors"),
+                             set_to("5", steps=60, cfg=3.5, sampler="euler")),
+    "Large with blur at 0.6": both(large, control("large_blur.safetensors", strength=0.6)),
+    "Large with two ControlNets": both(
+        large, control("large_canny.safetensors", strength=0.7),
+        control("large_depth.safetensors", strength=0.5)),
+    "a ControlNet that ends early": both(large, control("large_canny.safetensors", end=0.6)),
+    "the small model": nano,
+    "the small model at 160x160": both(nano, set_to("4", width=160, height=160)),
+    "the small model with its ControlNet": both(nano, control("sd35_nano_canny.safetensors")),
+    "the small model with layer 1 skipped": both(nano, slg(layers="1")),
+    "image to image": encoded,
+    "image to image at 0.3": both(encoded, set_to("5", denoise=0.3)),
+    "inpainting at denoise 1": inpaint,
+    "KSampler": ksampler,
+    "KSampler with beta": lambda g: ksampler(g, "beta"),
+    "KSampler after ModelSamplingSD3": both(on_model("ModelSamplingSD3", shift=4.0), ksampler),
+    "SamplerCustomAdvanced": custom,
+    "ComfyUI's own loader and sampler": both(stock_loader, ksampler),
+    "ComfyUI's skip-layer node on normal": both(stock_slg(), ksampler),
+    "a LoRA for Medium": lora("medium_lora.safetensors"),
+    "a LoRA in diffusers' names": lora("diffusers_lora.safetensors"),
+    "two LoRAs": both(lora("medium_lora.safetensors", 0.5), lora("diffusers_lora.safetensors")),
+    "a quantized model": both(nano, set_to("1", model="packed.safetensors")),
+    "step cache": on_model("SD35StepCache", pace="safe"),
+    "EasyCache": on_model("EasyCache"),
+    "Perturbed-Attention Guidance": on_model("PerturbedAttentionGuidance", scale=3.0),
+    "a wide picture": set_to("4", width=1344, height=768),
+    "1440x1440": set_to("4", width=1440, height=1440),
+    "a batch of four": set_to("4", batch_size=4),
+    "a long but fitting prompt": set_to("2", text="a harbour with boats, " * 30),
+    "a zeroed negative prompt": lambda g: (
+        g.update({"30": node("ConditioningZeroOut", conditioning=["3", 0])}),
+        g["5"]["inputs"].update(negative=["30", 0]))[0],
+    "20 steps": set_to("5", steps=20),
+    "behind SD3.5 Check": lambda g: (
+        g.update({"40": node("SD35Check", model=["1", 0], positive=["2", 0], negative=["3", 0],
+                             latent=["4", 0], strict="report")}),
+        g["5"]["inputs"].update(model=["40", 0], positive=["40", 1], negative=["40", 2],
+                                latent=["40", 3]))[0],
+    "behind Reroute": lambda g: (
+        g.update({"41": node("Reroute", **{"": ["1", 0]})}),
+        g["5"]["inputs"].update(model=["41", 0]))[0],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with files whose headers say what they are."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def write(kind: str, name: str, **shapes: tuple[int, ...]) -> None:
+        (folder / kind).mkdir(exist_ok=True)
+        tensors = {k.replace("__", "."): torch.zeros(shape) for k, shape in shapes.items()}
+        save_file(tensors, folder / kind / name)
+
+    def lora_of(width: int, **names: int) -> dict[str, tuple[int, int]]:
+        return {
+            f"{name}__{part}__weight": shape
+            for name in names
+            for part, shape in (("lora_up", (width, 4)), ("lora_down", (4, width)))
+        }
+
+    for kind in ("canny", "blur", "depth"):
+        write(
+            "controlnet", f"large_{kind}.safetensors", controlnet_blocks__0__weight=(8, 8),
+            pos_embed_input__proj__weight=(2432, 16, 2, 2), pos_embed_input__proj__bias=(2432,),
+        )  # fmt: skip
+    write("controlnet", "sd15.safetensors", input_hint_block__0__weight=(8, 8))
+    write("vae", "sd15_vae.safetensors", decoder__conv_in__weight=(512, 4, 3, 3))
+    qkv = "lora_unet_joint_blocks_7_x_block_attn_qkv"
+    write("loras", "medium_lora.safetensors", **lora_of(1536, **{qkv: 1}))
+    write("loras", "large_lora.safetensors", **lora_of(2432, **{qkv: 1}))
+    write("loras", "nano_lora.safetensors",
+          **lora_of(256, lora_unet_joint_blocks_1_x_block_attn_qkv=1))  # fmt: skip
+    write("loras", "diffusers_lora.safetensors",
+          transformer__transformer_blocks__3__attn__to_q__lora_A__weight=(4, 1536),
+          transformer__transformer_blocks__3__attn__to_q__lora_B__weight=(1536, 4),
+          transformer__transformer_blocks__3__ff__net__0__proj__lora_A__weight=(4, 1536),
+          text_encoder__text_model__encoder__layers__0__q_proj__lora_A__weight=(4, 8))  # fmt: skip
+    write("loras", "sdxl.safetensors",
+          **lora_of(640, lora_unet_down_blocks_1_attentions_0_proj_in=1))  # fmt: skip
+    write("diffusion_models", "flux.safetensors", double_blocks__0__img_attn__qkv__weight=(8, 8))
+    write("diffusion_models", "packed.safetensors", **packed_header())
+    return folder
+
+
+def packed_header() -> dict[str, tuple[int, ...]]:
+    from .models import TINY, random_weights
+
+    shapes = {key: tuple(t.shape) for key, t in random_weights(TINY).items()}
+    shapes["joint_blocks.0.x_block.attn.qkv.weight_scale"] = (1,)
+    return {key.replace(".", "__"): shape for key, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said(name: str, models: Path) -> None:
+    change, rule, words = WRONG[name]
+    graph = medium()
+    change(graph)
+    (found,) = check(graph, files_under(models)).values()
+    said = [finding for finding in found if finding.rule == rule]
+    assert len(said) == 1, found
+    assert re.search(words, said[0].text)
+    assert said[0].text.rstrip().endswith(".")
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_nothing_is_said_of_what_is_right(name: str, models: Path) -> None:
+    graph = medium()
+    RIGHT[name](graph)
+    (found,) = check(graph, files_under(models)).values()
+    assert found == []
+
+
+def test_the_tables_are_long_enough() -> None:
+    assert len(WRONG) >= 25 and len(RIGHT) >= 25
+
+
+@pytest.mark.parametrize("path", sorted((PACK / "workflows").glob("*.json")), ids=lambda p: p.stem)
+def test_a_canvas_file_and_its_twin_say_the_same(path: Path) -> None:
+    read = files_under(None)
+    graphs = [
+        api_graph(json.loads(twin.read_text(encoding="utf-8")))
+        for twin in (path, path.parent / "api" / path.name)
+    ]
+    found = [setups(graph, read) for graph in graphs]
+    assert found[0] == found[1] and found[0]
+
+
+def test_what_objects_show_is_judged_too() -> None:
+    model = Model(context_dim=4096, pooled_dim=2048)
+    wrong = Setup(
+        model=model,
+        positive=Prompt(width=2048, pooled=1280),
+        negative=Prompt(pooled=0, finite=False),
+        latent=Latent(channels=4, empty=False, finite=False),
+    )
+    assert {f.rule for f in findings(wrong)} == {
+        "prompt width", "pooled width", "pooled missing", "prompt numbers", "latent numbers",
+        "latent channels",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("", 1), ("a red bicycle", 5), ("an isometric drawing of a tiny kitchen, extraordinary", 14)],
+)
+def test_tokens_are_counted_about_right(text: str, tokens: int) -> None:
+    assert abs(about_tokens(text) - tokens) <= 2
+
+
+def test_a_check_belongs_to_the_samplers_after_it() -> None:
+    graph = medium()
+    graph["40"] = node("SD35Check", model=["1", 0], positive=["2", 0])
+    graph["50"] = copy.deepcopy(graph["5"])
+    graph["50"]["inputs"]["latent"] = ["5", 0]
+    graph["50"]["inputs"]["model"] = ["60", 0]
+    assert leading_to(graph, "40") == {"5"}
+    graph["5"]["inputs"]["model"] = ["40", 0]
+    assert leading_to(graph, "40") == {"5"}
+    graph["50"]["inputs"]["positive"] = ["40", 1]
+    assert leading_to(graph, "40") == {"5", "50"}
+
+
+def test_links_in_a_circle_end() -> None:
+    graph = medium()
+    graph["41"] = node("Reroute", **{"": ["42", 0]})
+    graph["42"] = node("Reroute", **{"": ["41", 0]})
+    graph["5"]["inputs"].update(model=["41", 0], positive=["5", 0], latent=["5", 0])
+    assert set(check(graph, files_under(None))) == {"5"}
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "nothing", '{"nodes": [1], "links": []}',
+                                     '{"1": {"class_type": "KSampler"}}'])  # fmt: skip
+def test_the_command_refuses_what_is_no_workflow(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "workflow.json"
+    path.write_text(content, encoding="utf-8")
+    assert main([str(path)]) == 2
+    assert "workflow.json" in capsys.readouterr().err
+
+
+def test_the_command_says_what_it_sees_and_ends_by_its_severity(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "workflow.json"
+
+    def run(change: Change, *arguments: str) -> int:
+        graph = medium()
+        change(graph)
+        path.write_text(json.dumps(graph), encoding="utf-8")
+        return main([str(path), "--models", str(models), *arguments])
+
+    assert run(lambda g: None) == 0 and "Nothing to say" in capsys.readouterr().out
+    assert run(set_to("5", cfg=15.0)) == 0 and "warning: cfg is 15" in capsys.readouterr().out
+    assert run(set_to("5", cfg=15.0), "--strict") == 1
+    assert run(control("large_canny.safetensors")) == 1
+    assert "error: The canny ControlNet was made for" in capsys.readouterr().out
+
+
+def test_files_outside_the_models_folder_are_never_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "secret.safetensors").write_bytes(b"")
+    (tmp_path / "models" / "loras").mkdir(parents=True)
+    find = files_under(tmp_path / "models")
+    assert find("loras", "../../secret.safetensors") is None
+    assert find("loras", str(tmp_path / "secret.safetensors")) is None
+
+
+def test_subgraphs_are_refused_with_advice() -> None:
+    with pytest.raises(SettingError, match=r"Export \(API\)"):
+        api_graph({"nodes": [], "links": [], "definitions": {"subgraphs": [{}]}})

@@ -1,0 +1,94 @@
+// What stands on the nodes: pure functions from the server's answers to elements.
+
+import { curve } from "./curve.js";
+import { element } from "./dom.js";
+
+const MARKS = { error: "✖", warning: "▲", note: "•" };
+
+// recipes: key -> {name}. on: {choose(key), restore()}.
+export function samplerPanel(state, recipes, on) {
+    const options = Object.entries(recipes).map(([key, { name }]) => {
+        const option = element("option", { value: key }, name);
+        option.selected = key === state.recipe;
+        return option;
+    });
+    if (!state.recipe) {
+        const none = element("option", { value: "" }, "Recipe");
+        none.selected = true;
+        options.unshift(none);
+    }
+    const choice = element(
+        "select",
+        {
+            class: "sd35-recipe",
+            title: "Fills the widgets with the settings that a model was made for.",
+            onchange: (event) => event.target.value && on.choose(event.target.value),
+        },
+        ...options,
+    );
+    const restore = element(
+        "button",
+        { class: "sd35-restore", title: "Back to the recipe", onclick: on.restore },
+        "↺",
+    );
+    restore.disabled = state.changed.length === 0;
+    const changed = state.changed.map(([, widget, seen, wanted]) => `${widget} ${seen} (${wanted})`);
+    return [
+        element("div", { class: "sd35-row" }, choice, restore),
+        element(
+            "div",
+            { class: "sd35-changed", title: "Changed since: value (the recipe's)" },
+            changed.length ? `changed: ${changed.join(", ")}` : state.recipe ? "as the recipe" : "",
+        ),
+        curve(state.levels, state.bands),
+        element("div", { class: "sd35-legend" }, ...legend(state)),
+        element("div", { class: "sd35-findings" }, ...state.findings.map(finding)),
+    ];
+}
+
+function legend({ levels, bands }) {
+    const items = [element("span", {}, `${levels.length} steps`)];
+    for (const band of bands) {
+        const count = `${band.name}: ${band.steps.length}`;
+        items.push(element("span", { class: `sd35-key-${band.kind}` }, count));
+    }
+    return items;
+}
+
+function finding([severity, text]) {
+    return element("div", { class: `sd35-${severity}`, title: text }, `${MARKS[severity]} ${text}`);
+}
+
+// on: {set(layers)}.
+export function layersPanel(state, on) {
+    if (state.depth === null) {
+        const words = "Connect SD3.5 Loader to see the model's layers.";
+        return [element("div", { class: "sd35-changed" }, words)];
+    }
+    const chosen = new Set(state.layers);
+    const toggles = Array.from({ length: state.depth }, (_, layer) => {
+        const pressed = chosen.has(layer);
+        return element(
+            "button",
+            {
+                class: "sd35-layer",
+                "aria-pressed": pressed,
+                title: `Layer ${layer}${pressed ? ": skipped" : ""}`,
+                onclick: () => {
+                    if (pressed) chosen.delete(layer);
+                    else chosen.add(layer);
+                    on.set([...chosen].sort((a, b) => a - b).join(", "));
+                },
+            },
+            `${layer}`,
+        );
+    });
+    const presets = state.presets.map(([name, layers]) =>
+        element("button", { class: "sd35-preset", onclick: () => on.set(layers) }, name),
+    );
+    return [
+        element("div", { class: "sd35-layers" }, ...toggles),
+        element("div", { class: "sd35-row" }, ...presets),
+        element("div", { class: "sd35-error" }, state.error ?? ""),
+    ];
+}

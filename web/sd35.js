@@ -1,0 +1,156 @@
+// The pack's panels on the canvas: the only file that touches ComfyUI's `app`.
+//
+// The server reads the open workflow and answers what to show (nodes/host/canvas.py); this file
+// asks after every change, and writes into widgets what a person chose.
+
+import { api } from "/scripts/api.js";
+import { app } from "/scripts/app.js";
+import { element } from "./lib/dom.js";
+import { layersPanel, samplerPanel } from "./lib/panels.js";
+
+const HEIGHTS = { SD35Sampler: 220, SkipLayerGuidance: 122 };
+const WATCHED = [
+    "SD35Loader", "SD35Sampler", "SkipLayerGuidance", "SD35ControlNetApply",
+    "SD35ControlNetLoader", "SD35StepCache",
+];
+const RECIPE = "sd35_recipe";
+const PAUSE = 120;
+
+const panels = new Map();
+let recipes = {};
+let timer = null;
+let chosenModel = null;
+let last = "";
+
+function widget(node, name) {
+    return node?.widgets?.find((found) => found.name === name);
+}
+
+function write(node, values) {
+    for (const [name, value] of Object.entries(values)) {
+        const found = widget(node, name);
+        if (!found || found.value === value) continue;
+        found.value = value;
+        found.callback?.(value, app.canvas, node);
+    }
+    node?.setDirtyCanvas?.(true, true);
+}
+
+function apply(node, state, key) {
+    node.properties[RECIPE] = key;
+    write(node, recipes[key].sampler);
+    for (const id of state.skip_nodes) write(app.graph.getNodeById(id), recipes[key].skip);
+    refresh();
+}
+
+function refresh() {
+    clearTimeout(timer);
+    timer = setTimeout(ask, PAUSE);
+}
+
+async function ask() {
+    if (!panels.size) return;
+    const workflow = app.graph.serialize();
+    const nodes = workflow.nodes.map(({ id, type, mode, inputs, widgets_values, properties }) => ({
+        id, type, mode, inputs, widgets_values, properties,
+    }));
+    const body = JSON.stringify({ nodes, links: workflow.links });
+    if (body === last) return;
+    last = body;
+    const answer = await api.fetchApi("/sd35/plan", {
+        method: "POST",
+        headers: { "Content-Type": "application/json" },
+        body,
+    });
+    if (answer.ok && body === last) show(await answer.json());
+}
+
+function show(plan) {
+    const loader = chosenModel;
+    chosenModel = null;
+    for (const [node, panel] of panels) {
+        const state = plan[node.id];
+        if (!state || node.graph !== app.graph) continue;
+        if (state.levels && loader === state.loader && loader !== null && state.model_recipe) {
+            apply(node, state, state.model_recipe);
+        }
+        draw(node, panel, state);
+    }
+}
+
+function draw(node, panel, state) {
+    const text = JSON.stringify(state);
+    if (panel.dataset.state === text) return;
+    panel.dataset.state = text;
+    const parts = state.levels
+        ? samplerPanel(state, recipes, {
+              choose: (key) => apply(node, state, key),
+              restore: () => apply(node, state, state.recipe),
+          })
+        : layersPanel(state, { set: (layers) => write(node, { layers }) });
+    panel.replaceChildren(...parts);
+}
+
+function watch(node) {
+    for (const found of node.widgets ?? []) {
+        const before = found.callback;
+        found.callback = function (...values) {
+            const result = before?.apply(this, values);
+            if (node.comfyClass === "SD35Loader" && found.name === "model") {
+                chosenModel = String(node.id);
+            }
+            refresh();
+            return result;
+        };
+    }
+    const connected = node.onConnectionsChange;
+    node.onConnectionsChange = function (...change) {
+        refresh();
+        return connected?.apply(this, change);
+    };
+}
+
+function addPanel(node) {
+    const height = HEIGHTS[node.comfyClass];
+    const panel = element("div", { class: "sd35-panel" });
+    for (const kind of ["pointerdown", "wheel"]) {
+        panel.addEventListener(kind, (event) => {
+            if (event.target.closest("button, select")) event.stopPropagation();
+        });
+    }
+    const made = node.addDOMWidget("sd35_panel", "sd35_panel", panel, {
+        serialize: false,
+        hideOnZoom: true,
+        getMinHeight: () => height,
+        getMaxHeight: () => height,
+    });
+    made.serialize = false;
+    panels.set(node, panel);
+    const [width, least] = node.computeSize();
+    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], least)]);
+    const removed = node.onRemoved;
+    node.onRemoved = function (...values) {
+        panels.delete(node);
+        return removed?.apply(this, values);
+    };
+}
+
+app.registerExtension({
+    name: "sd35.panels",
+    async setup() {
+        const style = { rel: "stylesheet", href: new URL("./sd35.css", import.meta.url).href };
+        document.head.append(element("link", style));
+        recipes = await (await api.fetchApi("/sd35/recipes")).json();
+        refresh();
+    },
+    nodeCreated(node) {
+        if (!WATCHED.includes(node.comfyClass)) return;
+        if (node.comfyClass in HEIGHTS) addPanel(node);
+        watch(node);
+        refresh();
+    },
+    afterConfigureGraph() {
+        last = "";
+        refresh();
+    },
+});
