@@ -30,19 +30,26 @@ RUNS = 7
 
 @dataclass(frozen=True)
 class Case:
-    """A setting: which network, how large a picture, how many at once, which layers skipped."""
+    """A setting: which network, how large a picture, how many at once, what is on.
+
+    `skipped`: layers of SLG. `control`: layers of an 8b ControlNet. `lora`: its rank.
+    """
 
     family: str
     pixels: int
     batch: int = 2
     skipped: tuple[int, ...] = ()
     depth: int = 0
+    control: int = 0
+    lora: int = 0
 
     @property
     def name(self) -> str:
         words = [self.family, f"{self.pixels} px", f"batch {self.batch}"]
         words += [f"depth {self.depth}"] if self.depth else []
         words += ["SLG"] if self.skipped else []
+        words += ["ControlNet"] if self.control else []
+        words += ["LoRA"] if self.lora else []
         return ", ".join(words)
 
 
@@ -51,6 +58,8 @@ def cases(cuda: bool, quick: bool) -> list[Case]:
     found = [
         Case("Medium", 512, depth=medium),
         Case("Medium", 512, skipped=(7, 8, 9) if cuda else (2,), depth=medium),
+        Case("Medium", 512, lora=16, depth=medium),
+        Case("Large", 512, control=19 if cuda else 1, depth=large),
     ]
     if quick:
         return found
@@ -79,16 +88,14 @@ def config_of(case: Case) -> Any:
     return replace(full, depth=case.depth, hidden=full.hidden, dual_blocks=dual)
 
 
-def weights_of(config: Any, dtype: Any) -> dict[str, Any]:
-    """Random weights, small enough for 16 bits."""
+def weights_of(network: Any, dtype: Any) -> dict[str, Any]:
+    """Random weights, small enough for 16 bits, for a network made on "meta"."""
     import torch
-
-    from sd35_core.mmditx import MMDiTX
 
     generator = torch.Generator().manual_seed(0)
     return {
         key: torch.empty(t.shape, dtype=dtype).normal_(0, 0.02, generator=generator)
-        for key, t in MMDiTX(config, device="meta").state_dict().items()
+        for key, t in network.state_dict().items()
     }
 
 
@@ -154,10 +161,18 @@ def measure(case: Case, dtype: Any, device: Any, runs: int) -> dict[str, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from tools.bench_peers import networks, with_skipped
+    from sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder
+    from sd35_core.mmditx import MMDiTX
+    from tools.bench_peers import networks, with_controlnet, with_lora, with_skipped
 
     config = config_of(case)
-    calls = networks(config, weights_of(config, dtype), device)
+    calls = networks(config, weights_of(MMDiTX(config, device="meta"), dtype), device)
+    if case.lora:
+        calls = with_lora(calls, case.lora, device)
+    if case.control:
+        shape = ControlNetConfig("8b", case.control, config.hidden, config.pooled_dim)
+        weights = weights_of(ControlNetEmbedder(shape, device="meta"), dtype)
+        calls = with_controlnet(calls, shape, weights, config.depth, device)
     if case.skipped:
         calls = with_skipped(calls, list(case.skipped))
     inputs = inputs_of(case, config, dtype, device)
@@ -199,6 +214,7 @@ def memory(case: Case, dtype: Any, device: Any, steps: int = 28) -> dict[str, An
     import torch
     from safetensors.torch import save_file
 
+    from sd35_core.mmditx import MMDiTX
     from sd35_core.modulation import ModulationCache
     from tools.bench_peers import host_model
 
@@ -207,7 +223,9 @@ def memory(case: Case, dtype: Any, device: Any, steps: int = 28) -> dict[str, An
     extra: int | None = None
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         path = Path(folder, "model.safetensors")
-        save_file(gridded(config, weights_of(config, dtype)), path)
+        weights = weights_of(MMDiTX(config, device="meta"), dtype)
+        save_file(gridded(config, weights), path)
+        del weights
         for mode in ("off", "on"):
             patcher = host_model(path, mode)
             patcher.load(patcher.load_device, full_load=True)
@@ -254,7 +272,7 @@ def line(row: dict[str, Any]) -> str:
     memory = row["extra_MB"]["ours"]
     held = "" if memory is None else f", {memory:.0f} MB"
     return (
-        f"{row['case']:34} {row['seconds']['ours']:7.3f} s, {row['tokens_per_second']:6.0f} "
+        f"{row['case']:46} {row['seconds']['ours']:7.3f} s, {row['tokens_per_second']:6.0f} "
         f"tokens/s, {row['share_of_peak']:4.0%} of peak{held}; of the time of: {ratios}"
     )
 

@@ -6,6 +6,7 @@ needed for anything else.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from sd35_core.checkpoint import JOINED_IN_BLOCK, RENAMED, RENAMED_IN_BLOCK, StateDict
 from sd35_core.config import HEAD_WIDTH, MMDiTXConfig
+from sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder
 from tools import host
 
 DIFFUSERS = ["diffusers==0.42.1", "importlib_metadata==10.2.0", "zipp==4.1.2"]
@@ -34,6 +36,16 @@ def ours(config: MMDiTXConfig, weights: StateDict, device: Any) -> Any:
     dtype = weights["x_embedder.proj.weight"].dtype
     network = HostMMDiTX(config, comfy.ops.disable_weight_init, dtype, "meta")
     return filled(network, weights, device)
+
+
+def ours_controlnet(config: ControlNetConfig, weights: StateDict, device: Any) -> Any:
+    """The pack's ControlNet as the host runs it."""
+    import comfy.ops
+    from sd35_pack.nodes.host import processor  # pyright: ignore[reportMissingImports]
+
+    operations = processor.faster(comfy.ops.disable_weight_init)
+    dtype = weights["x_embedder.proj.weight"].dtype
+    return filled(ControlNetEmbedder(config, operations, dtype, "meta"), weights, device)
 
 
 def host_model(path: Path, modulation_cache: str) -> Any:
@@ -68,21 +80,45 @@ def comfyui(config: MMDiTXConfig, weights: StateDict, device: Any) -> Any:
     return filled(network, weights, device)
 
 
-def with_attention(network: Any, attention: str) -> Call:
-    """ComfyUI's network with "default" attention or with the host's own "sdpa"."""
+def comfyui_controlnet(
+    config: ControlNetConfig, weights: StateDict, depth: int, device: Any
+) -> Any:
+    """ComfyUI's own ControlNet."""
+    import comfy.cldm.dit_embedder
+    import comfy.ops
+
+    network = comfy.cldm.dit_embedder.ControlNetEmbedder(
+        img_size=None,  # pyright: ignore[reportArgumentType]
+        patch_size=config.patch_size,
+        in_chans=config.in_channels,
+        attention_head_dim=HEAD_WIDTH,
+        num_attention_heads=config.hidden // HEAD_WIDTH,
+        adm_in_channels=config.pooled_dim,
+        num_layers=config.layers,
+        main_model_double=depth,
+        double_y_emb=False,
+        device="meta",  # pyright: ignore[reportArgumentType]
+        dtype=weights["x_embedder.proj.weight"].dtype,
+        operations=comfy.ops.disable_weight_init,
+    )
+    return filled(network, weights, device)
+
+
+ATTENTIONS = {"ComfyUI default": "optimized_attention", "ComfyUI SDPA": "attention_pytorch"}
+"""ComfyUI's functions: the one that it chose on this machine, and torch's."""
+
+
+def with_attention(name: str, network: Call, *inputs: Tensor, **options: Any) -> Tensor:
+    """A call of ComfyUI's network with one of the ATTENTIONS."""
     import comfy.ldm.modules.attention as attentions
     import comfy.ldm.modules.diffusionmodules.mmdit as stock
 
-    chosen = attentions.attention_pytorch if attention == "sdpa" else attentions.optimized_attention
-
-    def call(*inputs: Tensor, **options: Any) -> Tensor:
-        before, stock.optimized_attention = stock.optimized_attention, chosen
-        try:
-            return network(*inputs, **options)
-        finally:
-            stock.optimized_attention = before
-
-    return call
+    chosen = getattr(attentions, ATTENTIONS[name])
+    before, stock.optimized_attention = stock.optimized_attention, chosen
+    try:
+        return network(*inputs, **options)
+    finally:
+        stock.optimized_attention = before
 
 
 def diffusers(config: MMDiTXConfig, weights: StateDict, device: Any) -> Call:
@@ -156,10 +192,60 @@ def networks(config: MMDiTXConfig, weights: StateDict, device: Any) -> dict[str,
     stock = comfyui(config, weights, device)
     return {
         "ours": ours(config, weights, device),
-        "ComfyUI default": with_attention(stock, "default"),
-        "ComfyUI SDPA": with_attention(stock, "sdpa"),
+        **{name: partial(with_attention, name, stock) for name in ATTENTIONS},
         "diffusers": diffusers(config, weights, device),
     }
+
+
+def with_lora(calls: dict[str, Call], rank: int, device: Any) -> dict[str, Call]:
+    """The same with a LoRA on all of attention, put into the weights by the host's patcher.
+
+    Without diffusers, which needs one more package for it.
+    """
+    from comfy.model_patcher import ModelPatcher
+    from comfy.weight_adapter.lora import LoRAAdapter
+
+    generator = torch.Generator().manual_seed(3)
+    for network in (calls["ours"], stock_network(calls)):
+        found = {}
+        for key, weight in network.state_dict().items():
+            if re.search(r"attn2?\.(qkv|proj)\.weight$", key):
+                up = torch.randn(len(weight), rank, generator=generator).to(weight)
+                down = torch.randn(rank, weight.shape[1], generator=generator).to(weight)
+                found[key] = LoRAAdapter(set(), (0.01 * up, 0.01 * down, rank, None, None, None))
+        patcher = ModelPatcher(network, device, device)
+        patcher.add_patches(found)
+        patcher.load(device, full_load=True)
+    return {name: call for name, call in calls.items() if name != "diffusers"}
+
+
+def stock_network(calls: dict[str, Call]) -> Any:
+    """The module that ComfyUI's calls share."""
+    call: Any = calls["ComfyUI SDPA"]
+    return call.args[1]
+
+
+def with_controlnet(
+    calls: dict[str, Call], config: ControlNetConfig, weights: StateDict, depth: int, device: Any
+) -> dict[str, Call]:
+    """The same steered by an 8b ControlNet at a strength of 1. Without diffusers, whose
+    ControlNet is another network."""
+    own = ours_controlnet(config, weights, device)
+    stock = comfyui_controlnet(config, weights, depth, device)
+    spread = config.spread(depth)
+    network: Any = calls["ours"]
+
+    def steered(x: Tensor, timestep: Tensor, context: Tensor, y: Tensor) -> Tensor:
+        residuals = own(network, x, timestep, y, x)
+        control = {"output": [residuals[layer] for layer in spread]}
+        return network(x, timestep, context, y, control=control)
+
+    def stock_steered(x: Tensor, timestep: Tensor, context: Tensor, y: Tensor) -> Tensor:
+        control = stock(x, timestep.to(x.dtype), y, context, x)
+        return stock_network(calls)(x, timestep, context, y, control=control)
+
+    stock_calls = {name: partial(with_attention, name, stock_steered) for name in ATTENTIONS}
+    return {"ours": steered, **stock_calls}
 
 
 def with_skipped(calls: dict[str, Call], layers: list[int]) -> dict[str, Call]:
