@@ -96,8 +96,10 @@ function watch(node) {
         const before = found.callback;
         found.callback = function (...values) {
             const result = before?.apply(this, values);
-            if (node.comfyClass === "SD35Loader" && found.name === "model") {
+            const byHand = values.length > 1; // a file that is opened gives the value alone
+            if (byHand && node.comfyClass === "SD35Loader" && found.name === "model") {
                 chosenModel = String(node.id);
+                last = "";
             }
             refresh();
             return result;
@@ -141,6 +143,7 @@ app.registerExtension({
         const style = { rel: "stylesheet", href: new URL("./sd35.css", import.meta.url).href };
         document.head.append(element("link", style));
         recipes = await (await api.fetchApi("/sd35/recipes")).json();
+        api.addEventListener("graphChanged", refresh);
         refresh();
     },
     nodeCreated(node) {

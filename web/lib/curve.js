@@ -20,13 +20,10 @@ export function curve(levels, bands) {
         }
         svg.append(part);
     }
-    const points = [...levels, 0].map((level, step) => `${x(step).toFixed(1)},${y(level).toFixed(1)}`);
-    if (steps) svg.append(shape("polyline", { class: "sd35-line", points: points.join(" ") }));
-    if (steps <= 60) {
-        for (const [step, level] of levels.entries()) {
-            svg.append(shape("circle", { class: "sd35-dot", cx: x(step), cy: y(level), r: 1.6 }));
-        }
-    }
+    const places = [...levels, 0].map((level, step) => [x(step).toFixed(1), y(level).toFixed(1)]);
+    if (steps) svg.append(shape("polyline", { class: "sd35-line", points: places.join(" ") }));
+    const dots = places.map(([left, top]) => `M${left} ${top}h.01`).join("");
+    if (steps <= 60) svg.append(shape("path", { class: "sd35-dots", d: dots }));
     return svg;
 }
 

@@ -33,12 +33,13 @@ export function samplerPanel(state, recipes, on) {
     );
     restore.disabled = state.changed.length === 0;
     const changed = state.changed.map(([, widget, seen, wanted]) => `${widget} ${seen} (${wanted})`);
+    const said = changed.length ? `changed: ${changed.join(", ")}` : "as the recipe";
     return [
         element("div", { class: "sd35-row" }, choice, restore),
         element(
             "div",
-            { class: "sd35-changed", title: "Changed since: value (the recipe's)" },
-            changed.length ? `changed: ${changed.join(", ")}` : state.recipe ? "as the recipe" : "",
+            { class: "sd35-changed", title: `${said}\nIn brackets: what the recipe says.` },
+            state.recipe ? said : "",
         ),
         curve(state.levels, state.bands),
         element("div", { class: "sd35-legend" }, ...legend(state)),

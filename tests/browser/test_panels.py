@@ -1,0 +1,339 @@
+"""What stands on the nodes of a real canvas, in both renderers, used with mouse and keyboard."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from tools import bench_canvas, browser, chromium
+from tools import host as hosts
+
+from ..conftest import PACK
+from .test_canvas import SHOTS, read
+
+RENDERERS = {"classic": False, "nodes 2.0": True}
+SAMPLER, SKIP, LOADER = "SD35Sampler", "SkipLayerGuidance", "SD35Loader"
+PANEL = ".sd35-panel"
+LONG = 60_000
+"""Milliseconds that a busy machine may take."""
+PLACES = {
+    "SD35Loader": (0, 0), "CLIPTextEncode": (420, 0), "SkipLayerGuidance": (420, 320),
+    "EmptySD3LatentImage": (0, 420), "SD35Sampler": (900, 0), "VAEDecode": (1320, 0),
+    "SaveImage": (1320, 150),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(comfyui: hosts.Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Server]:
+    if chromium.find() is None:
+        pytest.skip("no Chromium: set SD35_CHROMIUM to one")
+    with hosts.Server(comfyui, tmp_path_factory.mktemp("panels"), ["--cpu"]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=RENDERERS)
+def page(server: hosts.Server, request: pytest.FixtureRequest) -> Iterator[Any]:
+    SHOTS.mkdir(exist_ok=True)
+    with browser.canvas(server.url, RENDERERS[request.param]) as page:
+        page.renderer = request.param.replace(" ", "")
+        yield page
+        ours = [m for m in page.messages if "sd35" in m.lower() and m.startswith(("error", "page"))]
+        assert not ours
+
+
+def of(page: Any, kind: str, code: str, *values: Any) -> Any:
+    """Run code with `node`, the first of its kind, and `values`."""
+    first = "const node = app.graph.nodes.find((n) => n.type === kind);"
+    script = f"([kind, values]) => {{ {first} {code} }}"
+    return page.evaluate(script, [kind, list(values)])
+
+
+def widgets(page: Any, kind: str) -> dict[str, Any]:
+    code = "return Object.fromEntries(node.widgets.map((w) => [w.name, w.value]));"
+    return of(page, kind, code)
+
+
+@contextmanager
+def answered(page: Any) -> Iterator[None]:
+    """Until the server has answered what was changed inside, and it is drawn."""
+    with page.expect_response("**/sd35/plan", timeout=LONG):
+        yield
+    page.wait_for_timeout(200)
+
+
+SET = """const w = node.widgets.find((w) => w.name === values[0]);
+    w.value = values[1]; w.callback?.(values[1], app.canvas, node);"""
+"""As the widget itself does after typing: the value, then its callback."""
+
+
+def set_widget(page: Any, kind: str, name: str, value: Any) -> None:
+    with answered(page):
+        of(page, kind, SET, name, value)
+
+
+def opened(page: Any, workflow: dict[str, Any]) -> None:
+    with answered(page):
+        browser.load(page, workflow)
+
+
+def with_skip_layers(page: Any) -> None:
+    """The shipped text-to-image workflow, with a SkipLayerGuidance before its sampler."""
+    opened(page, read(PACK / "workflows" / "text_to_image.json"))
+    with answered(page):
+        of(page, SAMPLER, ADD_SKIP_LAYERS)
+
+
+ADD_SKIP_LAYERS = """const skip = LiteGraph.createNode('SkipLayerGuidance'); app.graph.add(skip);
+        skip.pos = [node.pos[0], node.pos[1] + node.size[1] + 60];
+        app.graph.nodes.find((n) => n.type === 'SD35Loader').connect(0, skip, 0);
+        skip.connect(0, node, 0);
+        app.extensionManager.command.execute('Comfy.Canvas.FitView');"""
+
+
+def panel(page: Any, kind: str) -> Any:
+    """The panel on the sampler or on the skip-layer node."""
+    inner = ".sd35-recipe" if kind == SAMPLER else ".sd35-layers"
+    return page.locator(PANEL, has=page.locator(inner))
+
+
+def shot(page: Any, name: str) -> None:
+    page.screenshot(path=str(SHOTS / f"panels_{name}_{page.renderer}.png"))
+
+
+def test_a_recipe_fills_the_widgets_marks_changes_and_comes_back(page: Any) -> None:
+    with_skip_layers(page)
+    recipe = panel(page, SAMPLER).locator("select")
+    assert recipe.input_value() == "sd35_nano"
+    with answered(page):
+        recipe.select_option("sd3.5_medium_slg")
+    seen = widgets(page, SAMPLER)
+    wanted = {"steps": 50, "cfg": 4, "shift": 3, "sampler": "dpmpp_2m", "schedule": "normal"}
+    assert {name: seen[name] for name in wanted} == wanted
+    layers = {"layers": "7, 8, 9", "scale": 2.5, "start": 0.01, "end": 0.2}
+    assert {k: v for k, v in widgets(page, SKIP).items() if k in layers} == layers
+    changed = panel(page, SAMPLER).locator(".sd35-changed")
+    assert changed.inner_text() == "as the recipe"
+    set_widget(page, SAMPLER, "steps", 20)
+    set_widget(page, SKIP, "scale", 1.5)
+    assert changed.inner_text() == "changed: steps 20 (50), scale 1.5 (2.5)"
+    shot(page, "changed")
+    with answered(page):
+        panel(page, SAMPLER).locator(".sd35-restore").click()
+    assert widgets(page, SAMPLER)["steps"] == 50 and widgets(page, SKIP)["scale"] == 2.5
+    assert changed.inner_text() == "as the recipe"
+
+
+def test_the_curve_has_a_point_for_each_step_and_shows_what_acts(page: Any) -> None:
+    with_skip_layers(page)
+    set_widget(page, SKIP, "layers", "1")
+    for steps, acting in ((27, 5), (50, 9), (6, 1)):
+        set_widget(page, SAMPLER, "steps", steps)
+        points = panel(page, SAMPLER).locator("polyline").get_attribute("points").split()
+        assert len(points) == steps + 1
+        legend = panel(page, SAMPLER).locator(".sd35-legend").inner_text()
+        assert f"{steps} steps" in legend and f"Skip Layer Guidance: {acting}" in legend
+
+
+def test_a_layer_is_toggled_and_the_text_stays_the_truth(page: Any) -> None:
+    with_skip_layers(page)
+    toggles = panel(page, SKIP).locator(".sd35-layer")
+    assert toggles.count() == 4
+    set_widget(page, SKIP, "layers", "1-2")
+    pressed = [toggles.nth(i).get_attribute("aria-pressed") for i in range(4)]
+    assert pressed == ["false", "true", "true", "false"]
+    with answered(page):
+        toggles.nth(3).click()
+    assert widgets(page, SKIP)["layers"] == "1, 2, 3"
+    with answered(page):
+        toggles.nth(1).click()
+    assert widgets(page, SKIP)["layers"] == "2, 3"
+    set_widget(page, SKIP, "layers", "9")
+    assert "there is no layer 9" in panel(page, SKIP).locator(".sd35-error").inner_text()
+    with answered(page):
+        panel(page, SKIP).locator(".sd35-preset", has_text="layer 1").click()
+    assert widgets(page, SKIP)["layers"] == "1"
+    shot(page, "layers")
+
+
+def test_choosing_a_model_fills_the_sampler(page: Any) -> None:
+    opened(page, read(PACK / "workflows" / "text_to_image.json"))
+    set_widget(page, SAMPLER, "steps", 7)
+    set_widget(page, SAMPLER, "shift", 3.0)
+    set_widget(page, LOADER, "model", "sd35_nano.safetensors")
+    page.wait_for_timeout(300)
+    seen = widgets(page, SAMPLER)
+    assert (seen["steps"], seen["shift"]) == (28, 1)
+
+
+def test_opening_a_file_in_the_apis_format_keeps_its_settings(page: Any) -> None:
+    prompt = read(PACK / "workflows" / "api" / "text_to_image.json")
+    prompt["5"]["inputs"].update(steps=7, cfg=2.0, sampler="euler")
+    with answered(page):
+        page.evaluate("async (p) => { await app.loadApiJson(p, 'settings'); }", prompt)
+    page.wait_for_timeout(500)
+    seen = widgets(page, SAMPLER)
+    assert (seen["steps"], seen["cfg"], seen["sampler"]) == (7, 2, "euler")
+    changed = panel(page, SAMPLER).locator(".sd35-changed").inner_text()
+    assert changed == "changed: steps 7 (28), cfg 2 (4), sampler euler (dpmpp_2m)"
+
+
+def test_the_panel_says_what_the_check_would(page: Any) -> None:
+    opened(page, read(PACK / "workflows" / "text_to_image.json"))
+    set_widget(page, SAMPLER, "cfg", 15.0)
+    warning = panel(page, SAMPLER).locator(".sd35-warning")
+    assert "cfg is 15" in warning.inner_text()
+    set_widget(page, SAMPLER, "cfg", 4.0)
+    assert warning.count() == 0
+
+
+def test_saved_and_opened_again_the_workflow_is_the_same(page: Any) -> None:
+    with_skip_layers(page)
+    with answered(page):
+        panel(page, SAMPLER).locator("select").select_option("sd3.5_medium_slg")
+    set_widget(page, SAMPLER, "steps", 33)
+
+    def saved() -> dict[str, Any]:
+        data = json.loads(page.evaluate("() => JSON.stringify(app.graph.serialize())"))
+        return {k: v for k, v in data.items() if k not in ("extra", "id", "revision")}
+
+    before, exported = saved(), browser.exported(page)
+    shared = copy.deepcopy(before)
+    opened(page, shared)
+    assert saved() == before and browser.exported(page) == exported
+    assert "sd35_panel" not in json.dumps(exported)
+    changed = panel(page, SAMPLER).locator(".sd35-changed").inner_text()
+    assert changed == "changed: steps 33 (50)"
+
+
+def add_from_search(page: Any, words: str, kind: str) -> None:
+    """Double-click, type, Enter, click: as a person adds a node. The click puts it down."""
+    count = "(kind) => app.graph.nodes.filter((n) => n.type === kind).length"
+    before = page.evaluate(count, kind)
+    for _ in range(10):
+        page.mouse.dblclick(1300, 780)
+        page.wait_for_timeout(700)
+        if page.evaluate("() => document.activeElement.tagName") == "INPUT":
+            break
+    page.keyboard.type(words)
+    page.get_by_text(words, exact=True).first.wait_for(timeout=LONG)
+    page.wait_for_timeout(200)
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"(kind) => ({count})(kind) > {before}", arg=kind, timeout=LONG)
+    page.mouse.move(1000, 600)
+    page.mouse.click(1000, 600)
+    page.wait_for_timeout(300)
+    page.evaluate("() => { app.graph.nodes.at(-1).pos = [-3000, 0]; }")
+
+
+def arrange(page: Any, places: dict[str, tuple[int, int]]) -> None:
+    for kind, place in places.items():
+        of(page, kind, "node.pos = values[0]; app.canvas.setDirty(true, true);", place)
+    page.evaluate("() => app.canvas.deselectAll()")
+    page.wait_for_timeout(500)
+
+
+def empty(page: Any, scale: float = 0.75) -> None:
+    page.evaluate("() => app.graph.clear()")
+    page.keyboard.press("Escape")
+    page.evaluate(
+        "(s) => { app.canvas.ds.scale = s; app.canvas.ds.offset = [120, 190]; "
+        "app.canvas.setDirty(true, true); }",
+        scale,
+    )
+    page.wait_for_timeout(300)
+
+
+def drag_link(page: Any, source: str, output: int, target: str, name: str) -> None:
+    """Drag from a node's output to a node's input, by their places on the screen."""
+    points = page.evaluate(
+        """([source, output, target, name]) => {
+            const find = (kind) => app.graph.nodes.filter((n) => n.type === kind);
+            const [from] = find(source);
+            const all = find(target);
+            const to = all[all.length - 1];
+            const input = to.inputs.findIndex((i) => i.name === name);
+            const place = ([x, y]) => {
+                const { offset, scale } = app.canvas.ds;
+                const box = app.canvas.canvas.getBoundingClientRect();
+                return [box.left + (x + offset[0]) * scale, box.top + (y + offset[1]) * scale];
+            };
+            return [place(from.getOutputPos(output)), place(to.getInputPos(input))];
+        }""",
+        [source, output, target, name],
+    )
+    links = "() => app.graph.serialize().links.length"
+    before = page.evaluate(links)
+    for _ in range(5):
+        page.mouse.move(points[0][0] + 3, points[0][1] + 3)
+        page.mouse.move(*points[0])
+        page.wait_for_timeout(150)
+        page.mouse.down()
+        page.mouse.move(*points[1], steps=6)
+        page.wait_for_timeout(150)
+        page.mouse.up()
+        page.wait_for_timeout(300)
+        if page.evaluate(links) > before:
+            return
+    raise AssertionError(f"no link from {source} to {target}.{name}")
+
+
+def test_every_node_comes_from_the_search_box(page: Any, server: hosts.Server) -> None:
+    info = hosts.call(server.url, "/object_info")
+    ours = {key: n["display_name"] for key, n in info.items() if n["category"] == "SD3.5"}
+    assert len(ours) >= 11
+    empty(page)
+    for kind, name in ours.items():
+        add_from_search(page, name, kind)
+    arrange(page, {kind: (400 * (i % 4), 620 * (i // 4)) for i, kind in enumerate(ours)})
+    seen = page.evaluate("() => app.graph.nodes.map((n) => n.type)")
+    assert sorted(seen) == sorted(ours)
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.wait_for_timeout(500)
+    shot(page, "all_nodes")
+
+
+def test_a_workflow_is_built_by_hand_and_gives_a_picture(page: Any) -> None:
+    empty(page)
+    for words, kind in (
+        ("SD3.5 Loader", "SD35Loader"), ("CLIP Text Encode (Prompt)", "CLIPTextEncode"),
+        ("EmptySD3LatentImage", "EmptySD3LatentImage"),
+        ("Skip Layer Guidance (SD3.5)", "SkipLayerGuidance"),
+        ("DPM++ 2M Shift Sampler (SD3.5)", "SD35Sampler"), ("VAE Decode", "VAEDecode"),
+        ("Save Image", "SaveImage"),
+    ):  # fmt: skip
+        add_from_search(page, words, kind)
+    arrange(page, PLACES)
+    for source, output, target, name in (
+        ("SD35Loader", 0, "SkipLayerGuidance", "model"),
+        ("SD35Loader", 1, "CLIPTextEncode", "clip"),
+        ("SkipLayerGuidance", 0, "SD35Sampler", "model"),
+        ("CLIPTextEncode", 0, "SD35Sampler", "positive"),
+        ("CLIPTextEncode", 0, "SD35Sampler", "negative"),
+        ("EmptySD3LatentImage", 0, "SD35Sampler", "latent"),
+        ("SD35Sampler", 0, "VAEDecode", "samples"),
+        ("SD35Loader", 2, "VAEDecode", "vae"),
+        ("VAEDecode", 0, "SaveImage", "images"),
+    ):
+        drag_link(page, source, output, target, name)
+    of(page, "CLIPTextEncode", SET, "text", "a big owl on a purple background")
+    for side in ("width", "height"):
+        of(page, "EmptySD3LatentImage", SET, side, 128)
+    with answered(page):
+        panel(page, SKIP).locator(".sd35-preset", has_text="layer 1").click()
+    with answered(page):
+        panel(page, SAMPLER).locator("select").select_option("sd35_nano")
+    assert "guidance cancels itself" in panel(page, SAMPLER).inner_text()
+    browser.run(page)
+    shot(page, "by_hand")
+
+
+def test_three_hundred_nodes_open_whole(page: Any) -> None:
+    bench_canvas.opening_and_dragging(page, bench_canvas.OURS)
+    page.wait_for_timeout(500)
+    assert page.evaluate("() => app.graph.nodes.length") == bench_canvas.NODES
+    assert page.evaluate("() => app.graph.nodes.filter((n) => n.has_errors).length") == 0
