@@ -17,6 +17,12 @@ const RECIPE = "sd35_recipe";
 const PAUSE = 120;
 
 const panels = new Map();
+const seen = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
+        target.sd35.visible = isIntersecting;
+        draw(target);
+    }
+});
 let recipes = {};
 let timer = null;
 let chosenModel = null;
@@ -74,14 +80,17 @@ function show(plan) {
         if (state.levels && loader === state.loader && loader !== null && state.model_recipe) {
             apply(node, state, state.model_recipe);
         }
-        draw(node, panel, state);
+        panel.sd35.state = state;
+        draw(panel);
     }
 }
 
-function draw(node, panel, state) {
+// Panels out of sight wait: a large workflow has hundreds.
+function draw(panel) {
+    const { node, state, visible, drawn } = panel.sd35;
     const text = JSON.stringify(state);
-    if (panel.dataset.state === text) return;
-    panel.dataset.state = text;
+    if (!visible || !state || text === drawn) return;
+    panel.sd35.drawn = text;
     const parts = state.levels
         ? samplerPanel(state, recipes, {
               choose: (key) => apply(node, state, key),
@@ -127,12 +136,15 @@ function addPanel(node) {
         getMaxHeight: () => height,
     });
     made.serialize = false;
+    panel.sd35 = { node, state: null, visible: false, drawn: "" };
     panels.set(node, panel);
+    seen.observe(panel);
     const [width, least] = node.computeSize();
     node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], least)]);
     const removed = node.onRemoved;
     node.onRemoved = function (...values) {
         panels.delete(node);
+        seen.unobserve(panel);
         return removed?.apply(this, values);
     };
 }

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .conftest import Conds
+from .test_controlnet import controlled, files, picture, vae  # noqa: F401  (fixtures)
 from .test_model import hooked, lora, partially_loaded
 from .test_skip_layers import cases, skipping
 
-SETTINGS = {k: v for k, v in cases(Conds()).items() if k not in ("inpaint",)}
+SETTINGS = cases(Conds())
 
 
 @pytest.fixture
@@ -71,6 +72,20 @@ def test_other_prompts_after_each_other_are_never_stale(
     for positive in (conds.positive, conds.longer, conds.negative):
         on, off = (ksampler(model, positive=positive) for model in models)
         assert torch.equal(on, off)
+
+
+@pytest.mark.parametrize("kind", ["blur 8b", "canny 2b"])
+def test_a_controlnet_and_skipped_layers_give_the_same_bits(
+    comfy: SimpleNamespace,
+    models: Any,
+    ksampler: Any,
+    controlled: Any,  # noqa: F811
+    kind: str,
+) -> None:
+    steered = controlled(kind)
+    on, off = (ksampler(skipping(comfy, model), **steered) for model in models)
+    assert torch.equal(on, off)
+    assert not torch.equal(on, ksampler(skipping(comfy, models[1])))
 
 
 def test_hooks_that_change_weights_do_without_it(
