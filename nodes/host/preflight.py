@@ -159,15 +159,12 @@ def prompt_facts(conditioning: Any, known: Prompt | None) -> Prompt | None:
 
 
 def control_facts(positive: Any, negative: Any, known: tuple[Control, ...]) -> tuple[Control, ...]:
-    """Of the ControlNets on the prompts; those that a node left out (strength 0) stay known."""
-    sides = [controls_on(conditioning) for conditioning in (positive, negative)]
-    both = set(map(id, sides[0])) & set(map(id, sides[1]))
-    on_both = [bool(both) or len(sides[0]) == len(sides[1])] * len(sides[0])
-    seen = tuple(
-        replace(control_fact(control), on_both=alike) for control, alike in zip(sides[0], on_both)
-    )
-    off = [control for control in known if control.strength == 0 or control.start == control.end]
-    return (*seen, *(control for control in off if control.start is not None))
+    """Of the ControlNets on the positive prompt; those that are off, which the node that applies
+    them left out, as the workflow says."""
+    here, there = controls_on(positive), controls_on(negative)
+    alike = len(here) == len(there)
+    off = [c for c in known if c.strength == 0 or (c.start is not None and c.start == c.end)]
+    return (*(replace(control_fact(control), on_both=alike) for control in here), *off)
 
 
 def controls_on(conditioning: Any) -> list[Any]:
