@@ -51,7 +51,7 @@ function apply(node, state, key) {
 
 function refresh() {
     clearTimeout(timer);
-    timer = setTimeout(ask, PAUSE);
+    timer = setTimeout(() => ask().catch(() => (last = "")), PAUSE); // a server away is asked again
 }
 
 async function ask() {
