@@ -103,7 +103,7 @@ class SD35SkipLayerSweep(io.ComfyNode):
         levels = sigmas(steps, shift, schedule, denoise)
         skips = skips_of(over, layers, scales, start, end, depth_of(model))
         total, batch, names = len(levels) - 1, len(latent["samples"]), ["none", *skips.values()]
-        covered = max(sum(skip.active(step, total) for step in range(total)) for skip in skips)
+        covered = max(len(skip.acting(total)) for skip in skips)
         if not covered:
             raise SettingError(
                 f"start is {start} and end is {end}: none of the {total} steps lies between, so "

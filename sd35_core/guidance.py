@@ -28,6 +28,10 @@ class SkipLayers:
             self.scale != 0 and bool(self.layers) and self.start * steps < step < self.end * steps
         )
 
+    def acting(self, steps: int) -> list[int]:
+        """The steps, from 0, of `steps` on which it acts."""
+        return [step for step in range(steps) if self.active(step, steps)]
+
 
 def parse_layers(text: str, depth: int | None = None) -> frozenset[int]:
     """ "7, 8, 9" or "7-9" -> {7, 8, 9}; an empty text is no layer.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from pathlib import Path
+from typing import Any, TypeVar
 
 from .checkpoint import (
     CONTROLNET_MARKS,
@@ -21,18 +23,32 @@ from .config import VARIANTS, MMDiTXConfig, Shapes, config_from_shapes
 from .errors import CheckpointError
 from .gguf_file import EXTENSION, GGUFFile
 from .preflight import Control, Model
-from .recipes import NANO, recipe_of
+from .recipes import recipe_of
+
+Facts = TypeVar("Facts")
 
 
+def _kept(read: Callable[..., Facts]) -> Callable[..., Facts]:
+    """What `read` says of a file, kept while the file is the same: the canvas asks often."""
+
+    @lru_cache(maxsize=64)
+    def of_this_version(path: Path, size: int, time: int, *others: Any) -> Facts:
+        return read(path, *others)
+
+    @wraps(read)
+    def of(path: Path, *others: Any) -> Facts:
+        try:
+            stat = path.stat()
+        except OSError:  # gone by now, which `read` knows how to say
+            return read(path, *others)
+        return of_this_version(path, stat.st_size, stat.st_mtime_ns, *others)
+
+    return of
+
+
+@_kept
 def model_in(path: Path) -> Model | None:
     """Facts of a diffusion model's file, from its header; None for a damaged one."""
-    stat = path.stat()
-    return _model_in(path, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=64)
-def _model_in(path: Path, *_: int) -> Model | None:
-    """Kept while the file is the same: the canvas asks often."""
     try:
         file = GGUFFile(path) if path.suffix.lower() == EXTENSION else TensorFile(path)
         config = config_of(file)
@@ -62,7 +78,7 @@ def model_of(config: MMDiTXConfig, name: str, packed: bool) -> Model:
 
 def model_named(name: str) -> Model | None:
     """Facts of a published model by its file's name, where the file is not at hand."""
-    plain = name.lower().replace("-", "_").replace("sd35", "sd3.5").replace("sd3.5_nano", NANO)
+    plain = name.lower().replace("-", "_").replace("sd35", "sd3.5")
     for variant, config in VARIANTS.items():
         if variant in plain.replace("stable_diffusion_3.5", "sd3.5"):
             return model_of(config, name, packed=False)
@@ -98,6 +114,7 @@ def _stability_shapes(shapes: Shapes) -> Shapes:
     return found
 
 
+@_kept
 def control_in(path: Path) -> Control:
     """Facts of a ControlNet's file, from its header."""
     try:
@@ -114,6 +131,7 @@ def control_in(path: Path) -> Control:
     return Control(hidden=width, control_type=found[0] if found else None)
 
 
+@_kept
 def vae_channels(path: Path) -> int | None:
     """Of a VAE's file, from the first layer of its decoder."""
     try:
@@ -140,6 +158,7 @@ _OUTER_MODULE = re.compile(
 _TEXT_MODULE = re.compile(r"^(lora_te\d?_|text_encoder|te\d?_|clip_[lg]|t5xxl)")
 
 
+@_kept
 def matched_keys(path: Path, model: Model) -> tuple[int | None, int | None]:
     """(keys for a diffusion model, those that fit this one) of a LoRA's file, from its header."""
     try:

@@ -75,7 +75,6 @@ class Skip:
 class Control:
     """A ControlNet on the prompts."""
 
-    kind: str | None = None
     hidden: int | None = None
     control_type: str | None = None
     strength: float | None = None
@@ -149,6 +148,13 @@ class Setup:
     """Nodes before the sampler that set a shift."""
     own_nodes: tuple[str, ...] = ()
     """Nodes that need a model from SD3.5 Loader."""
+
+    def controlled(self, control: Control) -> list[int]:
+        """The steps in the window of a ControlNet; none where it or they are not known."""
+        if control.start is None or control.end is None or control.strength == 0:
+            return []
+        shift = self.sampling.shift or 3.0
+        return acting_steps(self.levels or [], control.start, control.end, shift)
 
     @property
     def turbo(self) -> bool:
@@ -421,7 +427,7 @@ def _skip_steps(setup: Setup, skip: Skip, layers: frozenset[int]) -> Iterator[Fi
             )
         return
     own = SkipLayers(layers, skip.scale, skip.start, skip.end)
-    if not any(own.active(step, steps) for step in range(steps)):
+    if not own.acting(steps):
         yield _warning(
             "slg steps",
             f"Skip Layer Guidance acts on none of the {steps} steps: between {skip.start:g} and "
@@ -470,14 +476,17 @@ def _controls(setup: Setup) -> Iterator[Finding]:
                 f"The {what} starts at {start:g} and ends at {end:g}: no step lies between. Make "
                 "end the larger.",
             )
-        elif start is not None and end is not None and levels is not None:
-            shift = setup.sampling.shift or 3.0
-            if not acting_steps(levels, start, end, shift):
-                yield _warning(
-                    "control steps",
-                    f"The {what} acts on none of the {len(levels)} steps: its window is "
-                    f"{start:g} to {end:g}. Widen it.",
-                )
+        elif (
+            start is not None
+            and end is not None
+            and levels is not None
+            and not setup.controlled(control)
+        ):
+            yield _warning(
+                "control steps",
+                f"The {what} acts on none of the {len(levels)} steps: its window is "
+                f"{start:g} to {end:g}. Widen it.",
+            )
         if strength is not None and strength > 1.5:
             yield _warning(
                 "control strength",

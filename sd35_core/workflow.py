@@ -69,7 +69,7 @@ OTHER_PREDICTIONS = {
     "ModelSamplingStableCascade",
     "ModelSamplingFlux",
 }
-SHIFTS = {"ModelSamplingSD3": "ModelSamplingSD3", "ModelSamplingAuraFlow": "ModelSamplingAuraFlow"}
+SHIFTS = {"ModelSamplingSD3", "ModelSamplingAuraFlow"}
 OWN_NODES = {
     "SkipLayerGuidance": "Skip Layer Guidance (SD3.5)",
     "SD35StepCache": "SD3.5 Step Cache",
@@ -188,17 +188,17 @@ class Reader:
         chain = list(self.chain(source, "model", "model1"))
         model = self.model(chain)
         sampling = self.sampling(sampler, source, chain)
-        positive, controlled = self.prompt(self.link(source, "positive"))
-        if self.link(source, "conditioning"):
-            positive, controlled = self.prompt(self.link(source, "conditioning"))
-        negative, also_controlled = self.prompt(self.link(source, "negative"))
+        wanted = self.link(source, "positive") or self.link(source, "conditioning")
+        unwanted = self.link(source, "negative")
+        positive, controlled = self.prompt(wanted)
+        negative, also_controlled = self.prompt(unwanted)
         kinds = [self.kind(key) for key in chain]
         idle = {**IDLE, **({} if model is None or model.own else IDLE_ON_STOCK)}
         return Setup(
             model=model,
             positive=positive,
             negative=negative,
-            same_prompts=self.link(source, "positive") == self.link(source, "negative") is not None,
+            same_prompts=wanted == unwanted is not None,
             sampling=sampling,
             skips=tuple(self.skips(chain)),
             controls=tuple(
@@ -210,7 +210,7 @@ class Reader:
             vae_channels=self.vae(sampler),
             idle=tuple(idle[kind] for kind in kinds if kind in idle),
             caches=tuple(CACHES[kind] for kind in kinds if kind in CACHES),
-            shift_nodes=tuple(SHIFTS[kind] for kind in kinds if kind in SHIFTS),
+            shift_nodes=tuple(kind for kind in kinds if kind in SHIFTS),
             own_nodes=tuple(
                 OWN_NODES[kind] for kind in [self.kind(sampler), *kinds] if kind in OWN_NODES
             ),

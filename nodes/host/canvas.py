@@ -16,7 +16,6 @@ from ...sd35_core.errors import SD35Error, SettingError
 from ...sd35_core.guidance import SkipLayers, parse_layers
 from ...sd35_core.preflight import Setup, findings
 from ...sd35_core.recipes import LAYER_PRESETS, RECIPES, Recipe, layers_text
-from ...sd35_core.sampling import acting_steps
 from ...sd35_core.workflow import Reader, api_graph
 from .preflight import find
 
@@ -88,10 +87,11 @@ def sampler_panel(reader: Reader, key: str, chosen: str | None) -> dict[str, Any
     setup = reader.setup(key)
     chain = list(reader.chain(key, "model", "model1"))
     skips = [k for k in chain if reader.kind(k) == SKIP]
-    recipe = chosen if chosen in RECIPES else likely_recipe(setup)
+    likely = likely_recipe(setup)
+    recipe = chosen if chosen in RECIPES else likely
     return {
         "recipe": recipe,
-        "model_recipe": likely_recipe(setup),
+        "model_recipe": likely,
         "loader": next((k for k in chain if reader.kind(k) == LOADER), None),
         "skip_nodes": skips,
         "changed": changed(reader, key, skips, recipe) if recipe else [],
@@ -122,7 +122,6 @@ def changed(reader: Reader, key: str, skips: list[str], recipe: str) -> list[lis
 
 def bands(setup: Setup) -> list[dict[str, Any]]:
     """For each guidance and ControlNet, the steps on which it acts."""
-    levels, steps = setup.levels or [], setup.sampling.steps or 0
     found = []
     for skip in setup.skips:
         if skip.stock:
@@ -132,15 +131,13 @@ def bands(setup: Setup) -> list[dict[str, Any]]:
         except SettingError:
             continue
         own = SkipLayers(layers, skip.scale, skip.start, skip.end)
-        acting = [step for step in range(len(levels)) if own.active(step, steps)]
+        acting = own.acting(len(setup.levels or []))
         found.append({"kind": "skip", "name": "Skip Layer Guidance", "steps": acting})
     for control in setup.controls:
         if control.start is None or control.end is None:
             continue
         name = f"{control.control_type or ''} ControlNet".strip()
-        shift = setup.sampling.shift or 3.0
-        acting = acting_steps(levels, control.start, control.end, shift) if control.strength else []
-        found.append({"kind": "control", "name": name, "steps": acting})
+        found.append({"kind": "control", "name": name, "steps": setup.controlled(control)})
     return found
 
 

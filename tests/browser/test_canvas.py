@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tools import browser, chromium, workflows
+from tools import browser, workflows
 from tools import host as hosts
 
 from ..conftest import NANO, PACK
@@ -26,14 +26,6 @@ MISSING_FILES = """() => {
 }"""
 """What the front end lists as missing, with a button to download each."""
 WORKFLOWS = sorted(path.stem for path in (PACK / "workflows").glob("*.json"))
-
-
-@pytest.fixture(scope="module")
-def server(comfyui: hosts.Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Server]:
-    if chromium.find() is None:
-        pytest.skip("no Chromium: set SD35_CHROMIUM to one")
-    with hosts.Server(comfyui, tmp_path_factory.mktemp("canvas"), ["--cpu"]) as running:
-        yield running
 
 
 def read(path: Path) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tools import bench_canvas, browser, chromium
+from tools import bench_canvas, browser
 from tools import host as hosts
 
 from ..conftest import PACK
@@ -26,14 +26,6 @@ PLACES = {
     "EmptySD3LatentImage": (0, 420), "SD35Sampler": (900, 0), "VAEDecode": (1320, 0),
     "SaveImage": (1320, 150),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server(comfyui: hosts.Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Server]:
-    if chromium.find() is None:
-        pytest.skip("no Chromium: set SD35_CHROMIUM to one")
-    with hosts.Server(comfyui, tmp_path_factory.mktemp("panels"), ["--cpu"]) as running:
-        yield running
 
 
 @pytest.fixture(scope="module", params=RENDERERS)
