@@ -114,6 +114,7 @@ class SD35ControlNetApply(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
+                    advanced=True,
                     tooltip="Share of the way from noise to picture at which it begins.",
                 ),
                 io.Float.Input(
@@ -122,6 +123,7 @@ class SD35ControlNetApply(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
+                    advanced=True,
                     tooltip="Share of the way at which it ends; an early end leaves the details "
                     "to the prompt.",
                 ),

@@ -47,6 +47,7 @@ class SkipLayerGuidance(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
+                    advanced=True,
                     tooltip="Share of the steps after which it begins.",
                 ),
                 io.Float.Input(
@@ -55,6 +56,7 @@ class SkipLayerGuidance(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
+                    advanced=True,
                     tooltip="Share of the steps before which it ends. 0.01 to 0.20 of 50 steps is "
                     "9 steps, each half as long again.",
                 ),

@@ -39,17 +39,22 @@ def canvas(url: str, nodes_2: bool = False) -> Iterator[Page]:
         page.wait_for_function(
             "window.app && window.app.graph && window.app.canvas", timeout=90_000
         )
-        page.evaluate(
-            """async (settings) => {
-                for (const [key, value] of Object.entries(settings)) {
-                    await window.app.ui.settings.setSettingValueAsync(key, value);
-                }
-            }""",
-            {"Comfy.VueNodes.Enabled": nodes_2, "Comfy.TutorialCompleted": True},
-        )
-        page.wait_for_timeout(500)
+        set_value(page, "Comfy.TutorialCompleted", True)
+        set_renderer(page, nodes_2)
         yield page
         browser.close()
+
+
+def set_value(page: Page, key: str, value: Any) -> None:
+    """One of ComfyUI's settings."""
+    page.evaluate(
+        "([key, value]) => window.app.ui.settings.setSettingValueAsync(key, value)", [key, value]
+    )
+
+
+def set_renderer(page: Page, nodes_2: bool) -> None:
+    set_value(page, "Comfy.VueNodes.Enabled", nodes_2)
+    page.wait_for_timeout(500)
 
 
 def load(page: Page, workflow: dict[str, Any]) -> None:

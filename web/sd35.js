@@ -16,13 +16,14 @@ const WATCHED = [
 const RECIPE = "sd35_recipe";
 const PAUSE = 120;
 
-const panels = new Map();
+const shown = new Map(); // node -> {node, state, panel, visible, drawn}; no panel until wanted
 const seen = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) {
         target.sd35.visible = isIntersecting;
-        draw(target);
+        draw(target.sd35);
     }
 });
+const drawnFirst = []; // entries that the classic canvas has just drawn
 let recipes = {};
 let timer = null;
 let chosenModel = null;
@@ -55,7 +56,8 @@ function refresh() {
 }
 
 async function ask() {
-    if (!panels.size) return;
+    if (!shown.size) return;
+    if (LiteGraph.vueNodesMode) shown.forEach(addPanel);
     const workflow = app.graph.serialize();
     const nodes = workflow.nodes.map(({ id, type, mode, inputs, widgets_values, properties }) => ({
         id, type, mode, inputs, widgets_values, properties,
@@ -74,23 +76,23 @@ async function ask() {
 function show(plan) {
     const loader = chosenModel;
     chosenModel = null;
-    for (const [node, panel] of panels) {
+    for (const [node, entry] of shown) {
         const state = plan[node.id];
         if (!state || node.graph !== app.graph) continue;
         if (state.levels && loader === state.loader && loader !== null && state.model_recipe) {
             apply(node, state, state.model_recipe);
         }
-        panel.sd35.state = state;
-        draw(panel);
+        entry.state = state;
+        draw(entry);
     }
 }
 
 // Panels out of sight wait: a large workflow has hundreds.
-function draw(panel) {
-    const { node, state, visible, drawn } = panel.sd35;
+function draw(entry) {
+    const { node, state, panel, visible } = entry;
     const text = JSON.stringify(state);
-    if (!visible || !state || text === drawn) return;
-    panel.sd35.drawn = text;
+    if (!visible || !state || text === entry.drawn) return;
+    entry.drawn = text;
     const parts = state.levels
         ? samplerPanel(state, recipes, {
               choose: (key) => apply(node, state, key),
@@ -121,12 +123,38 @@ function watch(node) {
     };
 }
 
-function addPanel(node) {
+// A DOM widget costs every frame something, seen or not: on the classic canvas a node gets its own
+// when it is first drawn. Nodes 2.0 draws none there, and builds a node fastest with its widgets.
+function expectPanel(node) {
+    const entry = { node, state: null, panel: null, visible: false, drawn: "" };
+    shown.set(node, entry);
+    const removed = node.onRemoved;
+    node.onRemoved = function (...values) {
+        if (entry.panel) seen.unobserve(entry.panel);
+        shown.delete(node);
+        return removed?.apply(this, values);
+    };
+    if (LiteGraph.vueNodesMode) {
+        addPanel(entry);
+        return;
+    }
+    const drawn = node.onDrawForeground;
+    node.onDrawForeground = function (...values) {
+        node.onDrawForeground = drawn;
+        if (!drawnFirst.length) setTimeout(() => drawnFirst.splice(0).forEach(addPanel));
+        drawnFirst.push(entry);
+        return drawn?.apply(this, values);
+    };
+}
+
+function addPanel(entry) {
+    const { node } = entry;
+    if (entry.panel || !shown.has(node)) return;
     const height = HEIGHTS[node.comfyClass];
     const panel = element("div", { class: "sd35-panel" });
     for (const kind of ["pointerdown", "wheel"]) {
         panel.addEventListener(kind, (event) => {
-            if (event.target.closest("button, select")) event.stopPropagation();
+            if (event.target.closest("button")) event.stopPropagation();
         });
     }
     const made = node.addDOMWidget("sd35_panel", "sd35_panel", panel, {
@@ -136,17 +164,11 @@ function addPanel(node) {
         getMaxHeight: () => height,
     });
     made.serialize = false;
-    panel.sd35 = { node, state: null, visible: false, drawn: "" };
-    panels.set(node, panel);
+    entry.panel = panel;
+    panel.sd35 = entry;
     seen.observe(panel);
     const [width, least] = node.computeSize();
     node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], least)]);
-    const removed = node.onRemoved;
-    node.onRemoved = function (...values) {
-        panels.delete(node);
-        seen.unobserve(panel);
-        return removed?.apply(this, values);
-    };
 }
 
 app.registerExtension({
@@ -160,7 +182,7 @@ app.registerExtension({
     },
     nodeCreated(node) {
         if (!WATCHED.includes(node.comfyClass)) return;
-        if (node.comfyClass in HEIGHTS) addPanel(node);
+        if (node.comfyClass in HEIGHTS) expectPanel(node);
         watch(node);
         refresh();
     },

@@ -5,7 +5,6 @@ The page asks with the canvas' own JSON; all arithmetic and all words are here.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -23,8 +22,6 @@ ROUTE = "/sd35"
 SAMPLER, SKIP, LOADER = "SD35Sampler", "SkipLayerGuidance", "SD35Loader"
 CHOSEN = "sd35_recipe"
 """The property of a sampler on the canvas that keeps its recipe."""
-LARGEST = 32 * 2**20
-"""Bytes of a workflow."""
 
 
 def serve() -> None:
@@ -42,7 +39,7 @@ async def answer_recipes(request: web.Request) -> web.Response:
 
 async def answer_plan(request: web.Request) -> web.Response:
     try:
-        workflow = json.loads(await request.content.read(LARGEST))
+        workflow = await request.json()
         if not isinstance(workflow, dict):
             raise SettingError("This is no workflow.")
         return web.json_response(plan(workflow))

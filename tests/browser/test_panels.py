@@ -93,16 +93,23 @@ def panel(page: Any, kind: str) -> Any:
     return page.locator(PANEL, has=page.locator(inner))
 
 
+def choose(page: Any, name: str) -> None:
+    """A recipe from the sampler's list, with the mouse."""
+    panel(page, SAMPLER).locator(".sd35-recipe").click()
+    with answered(page):
+        page.locator(".sd35-menu").get_by_text(name, exact=True).click()
+
+
 def shot(page: Any, name: str) -> None:
     page.screenshot(path=str(SHOTS / f"panels_{name}_{page.renderer}.png"))
 
 
 def test_a_recipe_fills_the_widgets_marks_changes_and_comes_back(page: Any) -> None:
     with_skip_layers(page)
-    recipe = panel(page, SAMPLER).locator("select")
-    assert recipe.input_value() == "sd35_nano"
-    with answered(page):
-        recipe.select_option("sd3.5_medium_slg")
+    recipe = panel(page, SAMPLER).locator(".sd35-recipe")
+    assert recipe.inner_text() == "SD3.5 nano (comes with the pack)"
+    choose(page, "SD3.5 Medium + Skip Layer Guidance")
+    assert recipe.inner_text() == "SD3.5 Medium + Skip Layer Guidance"
     seen = widgets(page, SAMPLER)
     wanted = {"steps": 50, "cfg": 4, "shift": 3, "sampler": "dpmpp_2m", "schedule": "normal"}
     assert {name: seen[name] for name in wanted} == wanted
@@ -118,6 +125,28 @@ def test_a_recipe_fills_the_widgets_marks_changes_and_comes_back(page: Any) -> N
         panel(page, SAMPLER).locator(".sd35-restore").click()
     assert widgets(page, SAMPLER)["steps"] == 50 and widgets(page, SKIP)["scale"] == 2.5
     assert changed.inner_text() == "as the recipe"
+
+
+def test_the_list_of_recipes_takes_keys(page: Any) -> None:
+    with_skip_layers(page)
+    recipe, menu = panel(page, SAMPLER).locator(".sd35-recipe"), page.locator(".sd35-menu")
+    recipe.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(300)
+    assert page.evaluate("() => document.activeElement.innerText") == recipe.inner_text()
+    shot(page, "recipes")
+    page.keyboard.press("Delete")
+    page.keyboard.press("Escape")
+    menu.wait_for(state="detached", timeout=LONG)
+    assert widgets(page, SAMPLER)["steps"] == 28
+    recipe.press("Enter")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowDown")
+    with answered(page):
+        page.keyboard.press("Enter")
+    menu.wait_for(state="detached", timeout=LONG)
+    assert recipe.inner_text() == "SD3.5 Medium"
+    assert widgets(page, SAMPLER)["steps"] == 50
 
 
 def test_the_curve_has_a_point_for_each_step_and_shows_what_acts(page: Any) -> None:
@@ -185,8 +214,7 @@ def test_the_panel_says_what_the_check_would(page: Any) -> None:
 
 def test_saved_and_opened_again_the_workflow_is_the_same(page: Any) -> None:
     with_skip_layers(page)
-    with answered(page):
-        panel(page, SAMPLER).locator("select").select_option("sd3.5_medium_slg")
+    choose(page, "SD3.5 Medium + Skip Layer Guidance")
     set_widget(page, SAMPLER, "steps", 33)
 
     def saved() -> dict[str, Any]:
@@ -317,15 +345,35 @@ def test_a_workflow_is_built_by_hand_and_gives_a_picture(page: Any) -> None:
         of(page, "EmptySD3LatentImage", SET, side, 128)
     with answered(page):
         panel(page, SKIP).locator(".sd35-preset", has_text="layer 1").click()
-    with answered(page):
-        panel(page, SAMPLER).locator("select").select_option("sd35_nano")
+    choose(page, "SD3.5 nano (comes with the pack)")
     assert "guidance cancels itself" in panel(page, SAMPLER).inner_text()
     browser.run(page)
     shot(page, "by_hand")
 
 
 def test_three_hundred_nodes_open_whole(page: Any) -> None:
-    bench_canvas.opening_and_dragging(page, bench_canvas.OURS)
+    with answered(page):
+        bench_canvas.opening_and_dragging(page, bench_canvas.OURS)
     page.wait_for_timeout(500)
     assert page.evaluate("() => app.graph.nodes.length") == bench_canvas.NODES
-    assert page.evaluate("() => app.graph.nodes.filter((n) => n.has_errors).length") == 0
+    assert "as the recipe" not in panel(page, SAMPLER).first.inner_text()
+    assert "40 steps" in panel(page, SAMPLER).first.inner_text()
+
+
+def test_the_panels_follow_undo_and_a_change_of_renderer(page: Any) -> None:
+    with_skip_layers(page)
+    set_widget(page, SAMPLER, "steps", 20)
+    page.evaluate("() => app.graph.setDirtyCanvas(true, true)")
+    before = page.evaluate("() => JSON.stringify(app.graph.serialize())")
+    with answered(page):
+        page.evaluate("async (text) => app.loadGraphData(JSON.parse(text))", before)
+    set_widget(page, SAMPLER, "steps", 11)
+    assert "11 steps" in panel(page, SAMPLER).inner_text()
+    here = RENDERERS[page.renderer.replace("nodes2", "nodes 2")]
+    try:
+        browser.set_renderer(page, not here)
+        opened(page, json.loads(before))
+        assert "20 steps" in panel(page, SAMPLER).inner_text()
+        assert panel(page, SKIP).locator(".sd35-layer").count() == 4
+    finally:
+        browser.set_renderer(page, here)

@@ -243,6 +243,13 @@ def test_the_canvas_gets_answers_about_the_open_workflow(server: hosts.Server) -
     }  # fmt: skip
 
 
+def test_the_canvas_gets_answers_about_a_workflow_of_megabytes(server: hosts.Server) -> None:
+    node = {"id": 1, "type": "Note", "inputs": [], "widgets_values": ["x" * 2**20]}
+    sampler = {"id": 2, "type": "SD35Sampler", "inputs": [], "widgets_values": []}
+    plan = hosts.call(server.url, "/sd35/plan", {"nodes": [node, sampler], "links": []})
+    assert list(plan) == ["2"]
+
+
 @pytest.mark.parametrize("body", [[], {}, {"nodes": 1, "links": []}, {"1": {"inputs": {}}}])
 def test_the_canvas_gets_an_error_for_what_is_no_workflow(server: hosts.Server, body: Any) -> None:
     with pytest.raises((hosts.HostError, OSError)):

@@ -2,29 +2,26 @@
 
 import { curve } from "./curve.js";
 import { element } from "./dom.js";
+import { openMenu } from "./menu.js";
 
 const MARKS = { error: "✖", warning: "▲", note: "•" };
 
 // recipes: key -> {name}. on: {choose(key), restore()}.
 export function samplerPanel(state, recipes, on) {
-    const options = Object.entries(recipes).map(([key, { name }]) => {
-        const option = element("option", { value: key }, name);
-        option.selected = key === state.recipe;
-        return option;
-    });
-    if (!state.recipe) {
-        const none = element("option", { value: "" }, "Recipe");
-        none.selected = true;
-        options.unshift(none);
-    }
+    const entries = Object.entries(recipes).map(([key, { name }]) => ({
+        text: name,
+        chosen: key === state.recipe,
+        choose: () => on.choose(key),
+    }));
     const choice = element(
-        "select",
+        "button",
         {
             class: "sd35-recipe",
             title: "Fills the widgets with the settings that a model was made for.",
-            onchange: (event) => event.target.value && on.choose(event.target.value),
+            "aria-haspopup": "menu",
+            onclick: () => openMenu(choice, entries),
         },
-        ...options,
+        element("span", {}, recipes[state.recipe]?.name ?? "Recipe"),
     );
     const restore = element(
         "button",
