@@ -7,6 +7,7 @@ ComfyUI's (a single file that also holds text encoders and VAE) and diffusers'.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -259,10 +260,12 @@ def from_diffusers(state_dict: Mapping[str, Tensor], source: str = "this file") 
     blocks: dict[int, dict[str, Tensor]] = {}
     for key, tensor in state_dict.items():
         if key.startswith("transformer_blocks."):
-            _, index, rest = key.split(".", 2)
-            blocks.setdefault(int(index), {})[rest] = tensor
+            block = re.fullmatch(r"transformer_blocks\.(\d{1,3})\.(.+\..+)", key)
+            if block is None:
+                raise _unknown_key(source, key)
+            blocks.setdefault(int(block[1]), {})[block[2]] = tensor
             continue
-        name, suffix = (key, "") if key in RENAMED else key.rsplit(".", 1)
+        name, suffix = (key, "") if key in RENAMED else key.rpartition(".")[::2]
         if name not in RENAMED:
             raise _unknown_key(source, key)
         found[RENAMED[name] + (f".{suffix}" if suffix else "")] = tensor

@@ -35,8 +35,20 @@ class GGUFFile(Mapping[str, Tensor]):
                 "safetensors file."
             ) from error
         self._gguf: Any = gguf
+
+        class Reader(gguf.GGUFReader):
+            """Stops at the file's end; gguf's own reads on there, for hours if a length is off."""
+
+            def _get(
+                self, offset: int, dtype: Any, count: Any = 1, *rest: Any, **named: Any
+            ) -> Any:
+                found = super()._get(offset, dtype, count, *rest, **named)
+                if len(found) < int(count):
+                    raise ValueError("it ends in the middle of a value")
+                return found
+
         try:
-            reader = gguf.GGUFReader(self.path)
+            reader = Reader(self.path)
             self.tensors = {tensor.name: tensor for tensor in reader.tensors}
             self.fields = {name: field.contents() for name, field in reader.fields.items()}
         except Exception as error:  # the reader raises whatever a damaged number leads it to

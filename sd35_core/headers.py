@@ -126,7 +126,7 @@ def control_in(path: Path) -> Control:
         or "pos_embed_input.proj.bias" not in file
     ):
         return Control(foreign="of another model")
-    width = file.shape("pos_embed_input.proj.weight")[0]
+    width = next(iter(file.shape("pos_embed_input.proj.weight")), None)
     found = re.search(r"blur|canny|depth", path.name.lower())
     return Control(hidden=width, control_type=found[0] if found else None)
 
@@ -140,7 +140,8 @@ def vae_channels(path: Path) -> int | None:
         return None
     marks = ("decoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight",
              "taesd_decoder.1.weight", "decoder.layers.0.weight")  # fmt: skip
-    return next((file.shape(mark)[1] for mark in marks if mark in file), None)
+    shapes = (file.shape(mark) for mark in marks if mark in file)
+    return next((shape[1] for shape in shapes if len(shape) == 4), None)
 
 
 _STABILITY_MODULE = re.compile(

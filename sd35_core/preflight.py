@@ -14,6 +14,9 @@ from .guidance import SkipLayers, parse_layers
 from .recipes import RECIPES
 from .sampling import STEPS_OF_TRAINING, acting_steps, sigmas
 
+STEPS = range(1, 10_001)
+"""What a sampler takes."""
+
 Severity = Literal["error", "warning", "note"]
 """error: the run fails or the picture is spoiled. warning: something does nothing, or looks bad.
 note: worth knowing."""
@@ -168,7 +171,7 @@ class Setup:
     def levels(self) -> list[float] | None:
         """The noise level of each step, where they can be known."""
         s, shift = self.sampling, self.sampling.shift or 3.0
-        if s.steps is None or s.schedule is None:
+        if s.steps is None or not isinstance(s.schedule, str) or s.steps not in STEPS:
             return None
         if s.schedule in _FOREIGN_SCHEDULES and s.steps > 1:
             lowest = shift / (STEPS_OF_TRAINING - 1 + shift)

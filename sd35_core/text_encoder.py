@@ -55,21 +55,29 @@ def clip_g(width: int, heads: int, layers: int) -> ClipConfig:
 KINDS: dict[str, Callable[[int, int, int], ClipConfig]] = {"clip_l": clip_l, "clip_g": clip_g}
 """SD3.5's two, in the order in which their outputs are joined: (width, heads, layers) -> config."""
 
+SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers")
+LARGEST = 2**20
+"""Beyond any text encoder's sizes."""
+
 
 def encoder_configs(metadata: Mapping[str, str], source: str) -> dict[str, ClipConfig]:
     """How a small model's text encoders are built, from its file's metadata.
 
     Raises CheckpointError when that says nothing of them.
     """
-    described = json.loads(metadata.get("sd35_config", "{}")).get("text_encoders", {})
-    if described.keys() != KINDS.keys():
+    try:
+        described = json.loads(metadata.get("sd35_config", "{}")).get("text_encoders", {})
+        sizes = {name: tuple(described[name][size] for size in SIZES) for name in described}
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        sizes = {}
+    whole = all(isinstance(n, int) and 0 < n <= LARGEST for each in sizes.values() for n in each)
+    if sizes.keys() != KINDS.keys() or not whole:
         raise CheckpointError(
             f"'{source}' does not say in its metadata 'sd35_config' how its text encoders are "
-            f"built: it describes {', '.join(described) or 'none'}, needed are "
-            f"{' and '.join(KINDS)}. Use the file as it came."
+            f"built: it describes {', '.join(sizes) or 'none'}, needed are {' and '.join(KINDS)}, "
+            f"each with {', '.join(SIZES)}. Use the file as it came."
         )
-    sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers")
-    return {name: kind(*(described[name][size] for size in sizes)) for name, kind in KINDS.items()}
+    return {name: kind(*sizes[name]) for name, kind in KINDS.items()}
 
 
 Tokenize = Callable[[str], list[int]]

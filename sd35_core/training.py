@@ -129,7 +129,7 @@ def read_config(path: Path) -> TrainingConfig:
         import tomli as tomllib
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise SettingError(f"'{path}' can't be read as TOML: {error}") from error
     known = {f.name: f for f in fields(TrainingConfig)}
     for name, value in values.items():

@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ CHECK_OUTPUTS = ("model", "positive", "negative", "latent")
 """Inputs of SD35Check that come out again, in this order."""
 EMPTY_LATENTS = {"EmptySD3LatentImage": 16, "EmptyLatentImage": 4}
 NO_FILE = {"none", "from model file"}
+LARGEST_NUMBER = 2.0**63
 
 
 def setups(graph: Graph, find: Find) -> dict[str, Setup]:
@@ -138,7 +140,9 @@ class Reader:
         seen = set()
         value = self.graph[key]["inputs"].get(name)
         while isinstance(value, list) and len(value) == 2 and str(value[0]) in self.graph:
-            source, slot = str(value[0]), int(value[1])
+            source, slot = str(value[0]), value[1]
+            if not isinstance(slot, int):
+                return None
             if self.kind(source) == "SD35Check" and slot < len(CHECK_OUTPUTS):
                 passed = CHECK_OUTPUTS[slot]
             elif self.kind(source) in ("Reroute", "ReroutePrimitive"):
@@ -163,8 +167,10 @@ class Reader:
         return None
 
     def number(self, key: str, *names: str) -> float | None:
+        """A widget's number; None for what no widget can hold."""
         value = self.value(key, *names)
-        return float(value) if isinstance(value, (int, float)) else None
+        usable = isinstance(value, (int, float)) and abs(value) <= LARGEST_NUMBER
+        return float(value) if usable else None
 
     def whole(self, key: str, name: str) -> int | None:
         number = self.number(key, name)
@@ -312,9 +318,9 @@ class Reader:
             vae=self.vae_of(key) != 0,
         )
 
-    def latent(self, link: Link | None) -> Latent | None:
+    def latent(self, link: Link | None, seen: frozenset[Link] = frozenset()) -> Latent | None:
         """Where the latent comes from; None where that can't be told."""
-        if link is None:
+        if link is None or link in seen:
             return None
         key, kind = link[0], self.kind(link[0])
         width, height = (self.whole(key, side) for side in ("width", "height"))
@@ -327,7 +333,7 @@ class Reader:
             return Latent(empty=False, masked=True)
         names = ("samples", "latent", "latent_image")
         before = next((found for name in names if (found := self.link(key, name))), None)
-        found = self.latent(before) if before and before != link else None
+        found = self.latent(before, seen | {link})
         if found is None:
             return Latent(empty=False) if kind in SAMPLERS else None
         if kind == "SetLatentNoiseMask":
@@ -385,7 +391,7 @@ def api_graph(workflow: dict[str, Any]) -> Graph:
     if "nodes" in workflow and "links" in workflow:
         try:
             return _from_canvas(workflow)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise SettingError(
                 f"The workflow's nodes or links are damaged ({error!r}). Open it in ComfyUI and "
                 "save it again."
@@ -395,7 +401,9 @@ def api_graph(workflow: dict[str, Any]) -> Graph:
         not isinstance(graph, dict)
         or not graph
         or not all(
-            isinstance(node, dict) and "class_type" in node and isinstance(node.get("inputs"), dict)
+            isinstance(node, dict)
+            and isinstance(node.get("class_type"), str)
+            and isinstance(node.get("inputs"), dict)
             for node in graph.values()
         )
     ):
@@ -445,7 +453,7 @@ def _from_canvas(workflow: dict[str, Any]) -> Graph:
                 f"The workflow's {node['type']} does not name its widgets: it was saved by an "
                 "old ComfyUI. Open it in a newer one and save it again."
             )
-        graph[key] = {"class_type": node["type"], "inputs": inputs}
+        graph[key] = {"class_type": str(node["type"]), "inputs": inputs}
     return graph
 
 
@@ -475,10 +483,11 @@ def files_under(folder: Path | None) -> Find:
     def find(kind: str, name: str) -> Path | None:
         plain = name.replace("\\", "/").removeprefix(f"{kind}/")
         if folder is not None:
-            root = (folder / kind).resolve()
-            path = (root / plain).resolve()
-            if path.is_relative_to(root) and path.is_file():
-                return path
+            with suppress(OSError, ValueError):  # a name that the system can't have
+                root = (folder / kind).resolve()
+                path = (root / plain).resolve()
+                if path.is_relative_to(root) and path.is_file():
+                    return path
         return next((path for path in own.rglob("*.safetensors") if path.name == plain), None)
 
     return find

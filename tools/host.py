@@ -46,6 +46,7 @@ TEST_TOOLS = [
     "pyright[nodejs]==1.1.414",
     "playwright==1.65.2",
     "gguf==0.19.0",
+    "hypothesis==6.170.15",
 ]
 NOT_NEEDED = ("comfyui-workflow-templates",)
 START_SECONDS = 300
