@@ -35,7 +35,7 @@ PUT_IN = """() => {
     const graph = app.graph;
     const find = (kind) => graph.nodes.find((n) => n.type === kind);
     const sampler = find("SD35Sampler"), loader = find("SD35Loader");
-    const [skip, cache, sigmas] = ["SkipLayerGuidance", "SD35StepCache", "SD35Sigmas"].map(
+    const [skip, cache] = ["SkipLayerGuidance", "SD35StepCache", "SD35Sigmas"].map(
         (kind, i) => {
             const node = LiteGraph.createNode(kind);
             graph.add(node);

@@ -16,7 +16,7 @@ const WATCHED = [
 const RECIPE = "sd35_recipe";
 const PAUSE = 120;
 
-const shown = new Map(); // node -> {node, state, panel, visible, drawn}; no panel until wanted
+const shown = new Set(); // {node, state, panel, visible, drawn}; no panel until wanted
 const seen = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) {
         target.sd35.visible = isIntersecting;
@@ -76,7 +76,8 @@ async function ask() {
 function show(plan) {
     const loader = chosenModel;
     chosenModel = null;
-    for (const [node, entry] of shown) {
+    for (const entry of shown) {
+        const { node } = entry;
         const state = plan[node.id];
         if (!state || node.graph !== app.graph) continue;
         if (state.levels && loader === state.loader && loader !== null && state.model_recipe) {
@@ -90,8 +91,9 @@ function show(plan) {
 // Panels out of sight wait: a large workflow has hundreds.
 function draw(entry) {
     const { node, state, panel, visible } = entry;
+    if (!visible || !state) return;
     const text = JSON.stringify(state);
-    if (!visible || !state || text === entry.drawn) return;
+    if (text === entry.drawn) return;
     entry.drawn = text;
     const parts = state.levels
         ? samplerPanel(state, recipes, {
@@ -127,11 +129,11 @@ function watch(node) {
 // when it is first drawn. Nodes 2.0 draws none there, and builds a node fastest with its widgets.
 function expectPanel(node) {
     const entry = { node, state: null, panel: null, visible: false, drawn: "" };
-    shown.set(node, entry);
+    shown.add(entry);
     const removed = node.onRemoved;
     node.onRemoved = function (...values) {
         if (entry.panel) seen.unobserve(entry.panel);
-        shown.delete(node);
+        shown.delete(entry);
         return removed?.apply(this, values);
     };
     if (LiteGraph.vueNodesMode) {
@@ -149,7 +151,7 @@ function expectPanel(node) {
 
 function addPanel(entry) {
     const { node } = entry;
-    if (entry.panel || !shown.has(node)) return;
+    if (entry.panel || !shown.has(entry)) return;
     const height = HEIGHTS[node.comfyClass];
     const panel = element("div", { class: "sd35-panel" });
     for (const kind of ["pointerdown", "wheel"]) {

@@ -66,9 +66,9 @@ def plan(workflow: dict[str, Any]) -> dict[str, Any]:
     graph = api_graph(workflow)
     reader = Reader(graph, find)
     chosen = {
-        str(node.get("id")): (node.get("properties") or {}).get(CHOSEN)
+        str(node.get("id")): properties.get(CHOSEN)
         for node in workflow.get("nodes", ())
-        if isinstance(node, dict)
+        if isinstance(node, dict) and isinstance(properties := node.get("properties"), dict)
     }
     found: dict[str, Any] = {}
     for key, node in graph.items():
@@ -85,7 +85,7 @@ def sampler_panel(reader: Reader, key: str, chosen: str | None) -> dict[str, Any
     chain = list(reader.chain(key, "model", "model1"))
     skips = [k for k in chain if reader.kind(k) == SKIP]
     likely = likely_recipe(setup)
-    recipe = chosen if chosen in RECIPES else likely
+    recipe = chosen if isinstance(chosen, str) and chosen in RECIPES else likely
     return {
         "recipe": recipe,
         "model_recipe": likely,

@@ -250,6 +250,13 @@ def test_the_canvas_gets_answers_about_a_workflow_of_megabytes(server: hosts.Ser
     assert list(plan) == ["2"]
 
 
+@pytest.mark.parametrize("properties", [[1], "text", {"sd35_recipe": ["sd3.5_large"]}])
+def test_foreign_properties_are_no_recipe(server: hosts.Server, properties: Any) -> None:
+    sampler = {"id": 2, "type": "SD35Sampler", "inputs": [], "properties": properties}
+    plan = hosts.call(server.url, "/sd35/plan", {"nodes": [sampler], "links": []})
+    assert plan["2"]["recipe"] is None
+
+
 @pytest.mark.parametrize("body", [[], {}, {"nodes": 1, "links": []}, {"1": {"inputs": {}}}])
 def test_the_canvas_gets_an_error_for_what_is_no_workflow(server: hosts.Server, body: Any) -> None:
     with pytest.raises((hosts.HostError, OSError)):
