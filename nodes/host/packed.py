@@ -12,87 +12,114 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.quant_ops
 import comfy.utils
+import comfyui_version
 import torch
-from comfy.quant_ops import QuantizedTensor
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from torch import Tensor, nn
 
 from ...sd35_core.errors import SettingError
-from ...sd35_core.packing import VQ2, check_packed, is_vectors, packed_under, vectors
+from ...sd35_core.packing import check_packed, format_named, packed_under, unpack
 from .resting import RestingPatcher
-
-LAYOUT = "SD35VectorLayout"
-"""The name under which the host's tensors find how 2-bit weights are unpacked."""
 
 
 @cache
-def vector_layout() -> Any:
-    """The layout class of 2-bit weights, known to the host from the first call on."""
+def own_layout(form: str) -> Any:
+    """The layout class of a format that the host has no layers for; it knows it from here on.
+
+    These are 2 bits, and int8 in a ComfyUI that is older than its own.
+    """
     from comfy_kitchen.tensor import QuantizedLayout, register_layout_class
     from comfy_kitchen.tensor.base import BaseLayoutParams
 
     @dataclass(frozen=True)
     class Params(BaseLayoutParams):
-        codebook: Tensor
+        codebook: Tensor | None = None
 
         def _tensor_fields(self) -> list[str]:
-            return ["scale", "codebook"]
+            return ["scale"] if self.codebook is None else ["scale", "codebook"]
 
-    class VectorLayout(QuantizedLayout):
+    class Layout(QuantizedLayout):
         @classmethod
         def quantize(cls, tensor: Tensor, **_: Any) -> Any:
             raise SettingError(
-                "2-bit weights can't take a change: rounding it to 2 bits would lose it. Apply "
-                "the LoRA or the merge to the original model."
+                "Quantized weights can't take a change here: rounding it again would lose it. "
+                "Apply the LoRA or the merge to the original model."
             )
 
         @classmethod
         def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
-            return vectors(qdata, params.scale, params.codebook, params.orig_dtype)
+            found = cls.state_dict_tensors(qdata, params)
+            entries = {f"weight{name}": tensor for name, tensor in found.items()}
+            return unpack(entries, form, params.orig_dtype)
 
         @classmethod
         def get_plain_tensors(cls, qtensor: Any) -> tuple[Tensor, ...]:
-            return qtensor._qdata, qtensor.params.scale, qtensor.params.codebook
+            return tuple(cls.state_dict_tensors(qtensor._qdata, qtensor.params).values())
 
         @classmethod
         def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
-            return {"": qdata, "_scale": params.scale, "_codebook": params.codebook}
+            found = {"": qdata, "_scale": params.scale}
+            return found if params.codebook is None else {**found, "_codebook": params.codebook}
 
-    VectorLayout.Params = Params
-    register_layout_class(LAYOUT, VectorLayout)
-    return VectorLayout
+    Layout.Params = Params
+    register_layout_class(layout_name(form), Layout)
+    return Layout
+
+
+def layout_name(form: str) -> str:
+    """The name under which the host's tensors find their layout."""
+    return f"SD35Layout_{form}"
+
+
+def check_host() -> None:
+    """Raises SettingError when this ComfyUI can't run packed weights at all."""
+    if not issubclass(QuantizedTensor, Tensor):
+        raise SettingError(
+            f"Quantized weights need the package comfy-kitchen, and ComfyUI "
+            f"{comfyui_version.__version__} found none that works at its start. Install what "
+            "ComfyUI's requirements.txt names, or choose the model in 16 bits."
+        )
 
 
 def operations(dtype: Any, compute_dtype: Any) -> Any:
-    """The host's layers for packed weights, which know 2 bits as well."""
+    """The host's layers for packed weights, which know every format of this pack as well.
+
+    Raises SettingError when the host has none.
+    """
+    check_host()
     described = SimpleNamespace(quant_config={"mixed_ops": True})
     host = comfy.ops.pick_operations(dtype, compute_dtype, model_config=described)
 
     class Linear(host.Linear):
+        own_config: Tensor | None = None
+
         def _load_from_state_dict(
             self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
             missing: list[str], *rest: Any,
         ) -> None:  # fmt: skip
             packed = packed_under(state_dict, prefix)
-            if not packed or not is_vectors(packed):
+            form = format_named(packed, prefix[:-1])[0] if packed else None
+            if form is None or form.removesuffix(" with convrot") in QUANT_ALGOS:
                 super()._load_from_state_dict(
                     state_dict, prefix, local_metadata, strict, missing, *rest
                 )
                 return
-            check_packed(packed, self._orig_shape, prefix[:-1])
+            shape = (self.out_features, self.in_features)
+            check_packed(packed, shape, prefix[:-1])
             for name in packed:
                 del state_dict[prefix + name]
             device, compute = self.factory_kwargs["device"], self.factory_kwargs["dtype"]
             tensors = {name: tensor.to(device) for name, tensor in packed.items()}
-            params = vector_layout().Params(
+            params = own_layout(form).Params(
                 scale=tensors["weight_scale"],
                 orig_dtype=compute or torch.get_default_dtype(),
-                orig_shape=self._orig_shape,
-                codebook=tensors["weight_codebook"],
+                orig_shape=shape,
+                codebook=tensors.get("weight_codebook"),
             )
-            weight = QuantizedTensor(tensors["weight"], LAYOUT, params)
+            weight = QuantizedTensor(tensors["weight"], layout_name(form), params)
             self.weight = nn.Parameter(weight, requires_grad=False)
-            self.quant_format = VQ2
-            self.comfy_quant = packed["comfy_quant"]
+            self.quant_format = form
+            self.own_config = packed["comfy_quant"]
             nn.Module._load_from_state_dict(
                 self, state_dict, prefix, local_metadata, strict, missing, *rest
             )
@@ -107,8 +134,8 @@ def operations(dtype: Any, compute_dtype: Any) -> Any:
 
         def state_dict(self, *args: Any, prefix: str = "", **named: Any) -> Any:
             found = super().state_dict(*args, prefix=prefix, **named)
-            if prefix + "comfy_quant" in found and self.quant_format == VQ2:
-                found[prefix + "comfy_quant"] = self.comfy_quant
+            if prefix + "comfy_quant" in found and self.own_config is not None:
+                found[prefix + "comfy_quant"] = self.own_config
             return found
 
     return type("PackedOperations", (host,), {"Linear": Linear})
@@ -139,13 +166,13 @@ class PackedPatcher(RestingPatcher):
             key, device_to, inplace_update, return_weight, force_cast
         )
 
-    def model_state_dict_for_saving(self, *args: Any, **named: Any) -> Any:
+    def state_dict_for_saving(self, *args: Any, **named: Any) -> Any:
         if any(key in self.patches for key, _ in self._packed()):
             raise SettingError(
                 "A quantized model can't be saved with a LoRA or a merge in it: rounding would "
                 "lose most of it. Save the original model with the LoRA, then quantize that."
             )
-        return super().model_state_dict_for_saving(*args, **named)
+        return super().state_dict_for_saving(*args, **named)
 
     def model_state_dict(self, *args: Any, **named: Any) -> Any:
         """Weights and biases: what can be patched; not the scales of packed weights."""

@@ -79,6 +79,10 @@ def test_8_bits_in_the_stock_loader_give_the_same_latents(
     ours: Any,
 ) -> None:  # fmt: skip
     """Of int8 the stock loader rounds the inputs as well, which cannot be switched off there."""
+    from comfy.quant_ops import QUANT_ALGOS
+
+    if name == "int8" and INT8 not in QUANT_ALGOS:
+        pytest.skip("this ComfyUI's own loader knows no int8")
     stock = comfy.sd.load_diffusion_model(str(quantized[name]))
     seen = ksampler(models(name)[0])
     assert difference(seen, ksampler(stock)) < most

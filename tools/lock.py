@@ -1,0 +1,67 @@
+"""Write tools/requirements/VERSION.txt: all that ComfyUI and the tests need, pinned by hash.
+
+    pip install uv
+    python tools/lock.py [VERSION ...]
+
+One file for a version of ComfyUI serves Python 3.10 and newer on Windows, Linux and macOS.
+tools/host.py installs from it, so nothing reaches a machine that was not seen when it was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import host
+
+TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
+"""A set that fits together; left to itself PyPI gives torch and torchaudio for different CUDAs."""
+TEST_TOOLS = [
+    "pytest",
+    "ruff",
+    "pyright[nodejs]",
+    "playwright",
+    "gguf==0.19.0",
+    "hypothesis",
+    *("pytest-aiohttp", "pytest-asyncio", "websocket-client"),  # of ComfyUI's own tests
+]
+NOT_NEEDED = ("comfyui-workflow-templates",)
+
+
+def needed(version: str) -> list[str]:
+    """What requirements.txt of a ComfyUI asks for, with torch pinned, and the tests' tools."""
+    text = (host.source(version)[0] / "requirements.txt").read_text(encoding="utf-8")
+    names = [line.split("#")[0].strip() for line in text.splitlines()]
+    return [*TORCH, *TEST_TOOLS, *(n for n in names if n and not n.startswith(NOT_NEEDED))]
+
+
+def lock(version: str) -> Path:
+    target = host.lock_file(version)
+    target.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary) / "requirements.in"
+        source.write_text("\n".join(needed(version)), encoding="utf-8")
+        options = ["--universal", "--python-version", "3.10", "--generate-hashes", "-q"]
+        plain = ["--no-annotate", "--no-header", "--only-binary", ":all:", "--no-cache"]
+        host.run(["uv", "pip", "compile", *options, *plain, str(source), "-o", str(target)], "lock")
+    return target
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Pin what ComfyUI and the tests need.")
+    parser.add_argument("versions", nargs="*", default=list(host.VERSIONS))
+    try:
+        for version in parser.parse_args().versions:
+            print(lock(version))
+    except host.HostError as error:
+        print(f"lock: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
