@@ -1,8 +1,9 @@
 """A ComfyUI to run the pack in: get one, check it, start it, talk to it.
 
 COMFYUI_PATH names an own install; otherwise one is fetched into a cache outside the checkout
-(SD35_CACHE, else the platform's cache folder) and reused; COMFYUI_VERSION chooses an older one. Standard library alone until the
-host's environment exists; `client` needs that environment's aiohttp to show progress.
+(SD35_CACHE, else the platform's cache folder) and reused; COMFYUI_VERSION chooses an older one.
+Standard library alone until the host's environment exists; `run_prompt` shows progress with that
+environment's aiohttp.
 """
 
 from __future__ import annotations
@@ -118,10 +119,10 @@ def get(version: str = DEFAULT_VERSION) -> Host:
     stamp = root / "complete.txt"
     with locked(root / "lock"):
         seen = hashlib.sha256(lock_file(version).read_bytes()).hexdigest()
-        if not stamp.is_file() or stamp.read_text() != seen:
+        if not stamp.is_file() or stamp.read_text(encoding="ascii") != seen:
             stamp.unlink(missing_ok=True)
             _fill_environment(python, lock_file(version))
-            stamp.write_text(seen)
+            stamp.write_text(seen, encoding="ascii")
     return Host(folder, python, own=False)
 
 

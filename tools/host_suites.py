@@ -33,7 +33,9 @@ def outcomes(found: host.Host, folder: Path, suite: str) -> Outcomes:
     report.unlink(missing_ok=True)
     command = [str(found.python), "-m", "pytest", suite, "-q", "-p", "no:cacheprovider"]
     quiet = {"capture_output": True, "stdin": subprocess.DEVNULL}
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    first = str(found.python.parent)  # these tests start servers with whatever `python` is
+    path = os.pathsep.join([first, os.environ.get("PATH", "")])
+    environment = {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, f"--junitxml={report}"], cwd=folder, env=environment, timeout=3000, **quiet
     )
@@ -75,7 +77,9 @@ def main() -> int:
         print(f"host_suites: {error}", file=sys.stderr)
         return 1
     if options.report:
-        options.report.write_text(json.dumps({"without": without, "with": beside}, indent=1))
+        options.report.write_text(
+            json.dumps({"without": without, "with": beside}, indent=1), encoding="utf-8"
+        )
     for name, ended in (("without", without), ("with", beside)):
         counts = ", ".join(
             f"{count} {kind}" for kind, count in sorted(Counter(ended.values()).items())

@@ -1,7 +1,7 @@
 """Write tools/requirements/VERSION.txt: all that ComfyUI and the tests need, pinned by hash.
 
     pip install uv
-    python tools/lock.py [VERSION ...]
+    python tools/lock.py [VERSION ... | release]
 
 One file for a version of ComfyUI serves Python 3.10 and newer on Windows, Linux and macOS.
 tools/host.py installs from it, so nothing reaches a machine that was not seen when it was written.
@@ -29,11 +29,15 @@ TEST_TOOLS = [
     "hypothesis",
     *("pytest-aiohttp", "pytest-asyncio", "websocket-client"),  # of ComfyUI's own tests
 ]
+RELEASE = ["cyclonedx-bom"]
+"""Of the release action; it writes the bill of materials."""
 NOT_NEEDED = ("comfyui-workflow-templates",)
 
 
 def needed(version: str) -> list[str]:
     """What requirements.txt of a ComfyUI asks for, with torch pinned, and the tests' tools."""
+    if version == "release":
+        return RELEASE
     text = (host.source(version)[0] / "requirements.txt").read_text(encoding="utf-8")
     names = [line.split("#")[0].strip() for line in text.splitlines()]
     return [*TORCH, *TEST_TOOLS, *(n for n in names if n and not n.startswith(NOT_NEEDED))]
@@ -53,7 +57,7 @@ def lock(version: str) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Pin what ComfyUI and the tests need.")
-    parser.add_argument("versions", nargs="*", default=list(host.VERSIONS))
+    parser.add_argument("versions", nargs="*", default=[*host.VERSIONS, "release"])
     try:
         for version in parser.parse_args().versions:
             print(lock(version))

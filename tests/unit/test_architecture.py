@@ -122,3 +122,42 @@ def test_the_core_imports_with_torch_alone() -> None:
         "    sys.modules[name] = None\n" + "\n".join(f"import {m}" for m in modules)
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_every_text_file_is_opened_with_its_encoding() -> None:
+    """Windows would take its own; the JSON and the prompts in these files are UTF-8."""
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                assert not is_text_without_encoding(node), f"{path}:{node.lineno}"
+
+
+def is_text_without_encoding(call: ast.Call) -> bool:
+    named = {keyword.arg for keyword in call.keywords}
+    method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+    if method in ("read_text", "write_text"):
+        return "encoding" not in named and len(call.args) < (1 if method == "read_text" else 2)
+    is_open = isinstance(call.func, ast.Name) and call.func.id == "open"
+    if not is_open and method != "open":
+        return False
+    opener = ast.unparse(call.func)
+    mode = ast.unparse(call.args[is_open]) if len(call.args) > is_open else "'r'"
+    other = opener.startswith(("Image.", "tarfile.", "webbrowser.", "os.", "opener."))
+    return not other and "b" not in mode and "encoding" not in named
+
+
+def sources() -> list[Path]:
+    folders = ("sd35_core", "nodes", "tools", "tests")
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_every_file_has_a_name_that_windows_and_macos_can_keep() -> None:
+    every = (path.relative_to(ROOT) for path in ROOT.rglob("*"))
+    listed = [path for path in every if not path.parts[0].startswith(".")]
+    reserved = {"con", "prn", "aux", "nul", *(f"{p}{n}" for p in ("com", "lpt") for n in range(10))}
+    for path in listed:
+        for part in path.parts:
+            assert not set(part) & set('<>:"|?*\\') and part == part.rstrip(". "), path
+            assert part.split(".")[0].lower() not in reserved, path
+        assert len(str(path)) < 140, path  # Windows ends a path at 260, with its folders
+    assert len({str(path).lower() for path in listed}) == len(listed)

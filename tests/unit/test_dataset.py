@@ -58,7 +58,7 @@ def with_a_broken_picture(folder: Path) -> None:
 
 
 def with_a_text_as_picture(folder: Path) -> None:
-    (folder / "blue.png").write_text("no picture")
+    (folder / "blue.png").write_text("no picture", "utf-8")
 
 
 def without_a_caption(folder: Path) -> None:
