@@ -12,6 +12,7 @@ from ..sd35_core.errors import SettingError
 from .host import files
 from .host.controlnet import COMFYUI, STABILITY, Options, controlnet_from, from_loader
 from .host.loading import read
+from .host.memory import enough_memory
 from .host.packed import described
 from .host.report import tell
 
@@ -70,7 +71,8 @@ class SD35ControlNetLoader(io.ComfyNode):
         cls, control_net: str, depth_maps: Any, reference: str = STABILITY
     ) -> io.NodeOutput:
         options = Options(depth_maps, reference)
-        loaded = controlnet_from(read(files.controlnet_path(control_net)), options)
+        with enough_memory(f"loading '{control_net}'", "Close other programs."):
+            loaded = controlnet_from(read(files.controlnet_path(control_net)), options)
         config = loaded.config
         tell(
             f"{config.control_type or 'unknown kind of'} ControlNet ({config.kind}), "

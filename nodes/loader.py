@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .host import files, loading, text
+from .host.memory import enough_memory
 from .host.report import tell
 from .host.resting import AUTO, MODES
 
@@ -100,16 +101,21 @@ class SD35Loader(io.ComfyNode):
         weight_dtype: str,
         modulation_cache: str = AUTO,
     ) -> io.NodeOutput:
-        file = loading.read(files.model_path(model))
-        patcher = loading.model_from(file, weight_dtype, modulation_cache)
-        encoders = encoder_paths({"clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl})
-        clip = text.clip_from(file, encoders) if encoders else None
-        if vae == NONE:
-            decoder = loading.no_vae()
-        elif vae == FROM_MODEL:
-            decoder = loading.vae_from(file)
-        else:
-            decoder = loading.vae_from(loading.read(files.path_in("vae", vae)))
+        with enough_memory(
+            f"loading '{model}'",
+            "Close other programs, take a file in fp8 or one from SD35Quantize, or do without "
+            "t5xxl.",
+        ):
+            file = loading.read(files.model_path(model))
+            patcher = loading.model_from(file, weight_dtype, modulation_cache)
+            encoders = encoder_paths({"clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl})
+            clip = text.clip_from(file, encoders) if encoders else None
+            if vae == NONE:
+                decoder = loading.no_vae()
+            elif vae == FROM_MODEL:
+                decoder = loading.vae_from(file)
+            else:
+                decoder = loading.vae_from(loading.read(files.path_in("vae", vae)))
         tell(loading.summary(file, patcher, text.names_in(clip)), cls.hidden.unique_id)
         return io.NodeOutput(patcher, clip, decoder)
 

@@ -15,6 +15,7 @@ from ..sd35_core.quantization import Plan, quantize_file
 from .controlnet import SD35ControlNetApply
 from .host.calibration import calibration
 from .host.controlnet import SD35ControlNet, from_loader
+from .host.memory import enough_memory
 from .host.report import progress, tell
 
 FORMATS = {
@@ -146,7 +147,8 @@ class SD35Quantize(io.ComfyNode):
             if control_net is not None:
                 attach = control_net, with_hint(control_net, vae, image)
             moments = calibration(model, clip, lines, side, steps, attach)
-        out, report = quantize_file(path, plan, moments, progress())
+        with enough_memory(f"quantizing '{path.name}'", "Make side smaller, or close programs."):
+            out, report = quantize_file(path, plan, moments, progress())
         score = shipped_score(path, out)
         text = f"{report.text()}\n{score}Wrote {out}. Press R to see it in the loaders."
         tell(text, cls.hidden.unique_id)

@@ -7,19 +7,19 @@ ComfyUI's (a single file that also holds text encoders and VAE) and diffusers'.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import AXES, MMDiTXConfig, Shapes, config_from_shapes
-from .errors import CheckpointError
+from .errors import CheckpointError, is_out_of_memory
 from .layers import Operations, joined_axes, split_axes
 from .mmditx import MMDiTX
 from .packing import PackedOperations, check_packed, is_packed, is_vectors, packed_under
@@ -92,7 +92,7 @@ class TensorFile(Mapping[str, Tensor]):
     """The tensors of a safetensors file, each read when it is asked for.
 
     A tensor gets memory of its own, so the file can be replaced or deleted afterwards. Raises
-    CheckpointError, here or on reading, when the file is damaged.
+    CheckpointError, here or on reading, when the file is damaged or became another.
     """
 
     def __init__(self, path: str | Path):
@@ -101,6 +101,7 @@ class TensorFile(Mapping[str, Tensor]):
             with safe_open(self.path, framework="pt") as file:
                 self.metadata: dict[str, str] = file.metadata() or {}
             with self.path.open("rb") as file:
+                self.version = version_of(file)
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
         except (SafetensorError, OSError, ValueError) as error:
@@ -119,6 +120,11 @@ class TensorFile(Mapping[str, Tensor]):
         rest = memoryview(data)
         try:
             with self.path.open("rb", buffering=0) as file:
+                if version_of(file) != self.version:
+                    raise CheckpointError(
+                        f"'{self.path.name}' was replaced by another file while it was read. "
+                        "Wait until that one is whole, then queue again."
+                    )
                 file.seek(self.start + begin)
                 while rest:
                     count = file.readinto(rest)
@@ -169,13 +175,26 @@ def read_file(path: str | Path) -> tuple[StateDict, dict[str, str]]:
     return dict(file), file.metadata
 
 
-def unreadable(path: str | Path, error: Exception, kind: str = "safetensors") -> CheckpointError:
-    """The error for a file that is no whole file of its kind."""
+def version_of(file: IO[bytes]) -> tuple[int, int]:
+    """What tells an open file from one that took its place: size and time."""
+    stat = os.fstat(file.fileno())
+    return stat.st_size, stat.st_mtime_ns
+
+
+def unreadable(path: str | Path, error: Exception, kind: str = "safetensors") -> Exception:
+    """The error for a file that is no whole file of its kind, or is gone; lack of memory stays
+    what it is."""
     path = Path(path)
-    size = f"{path.stat().st_size:,} bytes" if path.is_file() else "not there"
+    if is_out_of_memory(error):
+        return MemoryError(str(error))
+    if not path.is_file():
+        return CheckpointError(
+            f"'{path.name}' is not there: it was moved or deleted. Put it back, or choose another "
+            "file."
+        )
     return CheckpointError(
-        f"'{path.name}' can't be read as a {kind} file ({size}): {error}. It was probably "
-        "not downloaded to its end; download it again."
+        f"'{path.name}' can't be read as a {kind} file ({path.stat().st_size:,} bytes): {error}. "
+        "It was probably not downloaded to its end; download it again."
     )
 
 
@@ -183,21 +202,45 @@ def write_file(path: str | Path, tensors: StateDict, metadata: dict[str, Any]) -
     """Write a safetensors file under its final name only once it is whole.
 
     Raises CheckpointError when the system refuses; what was there before is then still there.
+    Killed, it leaves a file whose name ends in .partial, which the next writing replaces. (The
+    package's own writer leaves one of a random name, and takes others' right to read.)
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     text = {key: v if isinstance(v, str) else json.dumps(v) for key, v in metadata.items()}
     try:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata=text)
+        with partial.open("wb") as file:
+            for piece in _pieces(tensors, text):
+                file.write(piece)
         partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    except OSError as error:
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         raise CheckpointError(
             f"'{path}' could not be written ({size / 1e6:,.0f} MB): {error}. Make room on the disk "
             "or choose another folder; an earlier file of that name is unharmed."
         ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _pieces(tensors: StateDict, metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """A safetensors file: the length of its header, the header, the tensors."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    aligned = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    end = 0
+    for key in aligned:
+        tensor = tensors[key]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        entry = {"dtype": names[tensor.dtype], "shape": list(tensor.shape)}
+        header[key] = {**entry, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for key in aligned:
+        flat = tensors[key].detach().cpu().contiguous().flatten()
+        yield flat.view(torch.uint8).numpy().data
 
 
 def diffusion_model(state_dict: Mapping[str, Tensor], source: str = "this file") -> StateDict:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import unreadable
-from .errors import CheckpointError
+from .errors import CheckpointError, is_out_of_memory
 
 ARCHITECTURE = "sd3"
 EXTENSION = ".gguf"
@@ -28,11 +28,11 @@ class GGUFFile(Mapping[str, Tensor]):
         self.path = Path(path)
         try:
             import gguf
-        except ImportError as error:
+        except Exception as error:  # a package that does not fit the others raises anything
             raise CheckpointError(
                 f"'{self.path.name}' is a GGUF file, and the package that reads these is not "
-                "installed. Install it into ComfyUI's Python (pip install gguf), or choose a "
-                "safetensors file."
+                f"there or does not work ({error}). Install it into ComfyUI's Python (pip install "
+                "--upgrade gguf), or choose a safetensors file."
             ) from error
         self._gguf: Any = gguf
 
@@ -73,6 +73,8 @@ class GGUFFile(Mapping[str, Tensor]):
             decoded = torch.tensor(values, dtype=None if kind == "F32" else torch.float16)
             return decoded.view(self.shape(key))
         except (NotImplementedError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(
                 f"'{self.path.name}': '{key}' ({kind}) can't be decoded: {error}. Choose another "
                 "file of this model."

@@ -86,7 +86,7 @@ def sigmas(steps: int, shift: float, schedule: str = "normal", denoise: float = 
         raise SettingError(f"Unknown schedule '{schedule}'. Choose one of {', '.join(SCHEDULES)}.")
     if steps < 1:
         raise SettingError(f"steps is {steps}; at least 1 step is needed to make a picture.")
-    if shift <= 0:
+    if not shift > 0:
         raise SettingError(f"shift is {shift}; it must be above 0 (SD3.5 was made for 3.0).")
     if not 0 < denoise <= 1:
         raise SettingError(f"denoise is {denoise}; it must be above 0 and at most 1.")

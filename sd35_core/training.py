@@ -611,7 +611,7 @@ def main(arguments: list[str]) -> int:
         run = Run(read_config(Path(arguments[0])))
         run.resume()
         run.go_on()
-    except SD35Error as error:
+    except (SD35Error, OSError) as error:
         log.error(str(error))
         return 1
     return 0

@@ -102,8 +102,11 @@ def make_picture(url: str, options: argparse.Namespace, prompt: dict[str, Any]) 
         raise host.HostError(f"{options.workflow} ran but saved no picture; add a Save Image node.")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     partial = options.out.with_name(options.out.name + ".partial")
-    partial.write_bytes(found[0])
-    partial.replace(options.out)
+    try:
+        partial.write_bytes(found[0])
+        partial.replace(options.out)
+    finally:
+        partial.unlink(missing_ok=True)
     print(f"Saved {options.out.resolve()} ({time.monotonic() - started:.0f} s)")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,7 +56,7 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
     """A ControlNetEmbedder between the host's nodes and the model that is being sampled.
 
     It reads through that model's own modules, so LoRA, offloading and quantization of the base
-    hold for it too; the model is held from `pre_run` to `cleanup` alone.
+    hold for it too. It does not keep the model alive: a run that is cancelled has no `cleanup`.
     """
 
     def __init__(
@@ -65,7 +66,8 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
             model, compression_ratio=1, latent_format=comfy.latent_formats.SD3(), **managed
         )
         self.options, self.path = options, path
-        self.base: Base | None = None
+        self.sampled: Callable[[], Any] = lambda: None
+        """The model that is being sampled, from `pre_run` on."""
 
     def copy(self) -> SD35ControlNet:
         other = SD35ControlNet(
@@ -86,15 +88,17 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         super().pre_run(model, percent_to_timestep_function)
-        self.base = base_of(model.diffusion_model, model.get_dtype_inference())
-        check_fit(self.config, self.base)
-        if self.options.as_comfyui:
-            embed = partial(self.embed_as_comfyui, self.base.x_embedder)
-            self.base = replace(self.base, embed=embed)
+        self.sampled = weakref.ref(model)
+        check_fit(self.config, self.base())
 
-    def cleanup(self) -> None:
-        self.base = None
-        super().cleanup()
+    def base(self) -> Base:
+        """What it reads of the model that is being sampled."""
+        model = self.sampled()
+        assert model is not None, "the host calls pre_run first"
+        base = base_of(model.diffusion_model, model.get_dtype_inference())
+        if self.options.as_comfyui:
+            return replace(base, embed=partial(self.embed_as_comfyui, base.x_embedder))
+        return base
 
     def get_control(
         self, x_noisy: Tensor, t: Tensor, cond: Any, batched_number: int, transformer_options: Any
@@ -107,12 +111,12 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
             )
         if self.strength == 0 or not self.acts_at(float(t[0])):
             return previous
-        assert self.base is not None, "the host calls pre_run first"
+        base = self.base()
         dtype = self.manual_cast_dtype or self.control_model.dtype
         x = self.model_sampling_current.calculate_input(t, x_noisy).to(dtype)
         timestep = self.model_sampling_current.timestep(t)
         residuals = self.control_model(
-            self.base,
+            base,
             x,
             timestep.to(dtype) if self.options.as_comfyui else timestep.float(),
             cond["y"].to(x),
@@ -121,7 +125,7 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
                 q, k, v, q.shape[1], skip_reshape=True, transformer_options=transformer_options
             ),
         )
-        spread = [residuals[layer] for layer in self.config.spread(self.base.depth)]
+        spread = [residuals[layer] for layer in self.config.spread(base.depth)]
         return self.control_merge({"output": spread}, previous, output_dtype=None)
 
     def acts_at(self, sigma: float) -> bool:

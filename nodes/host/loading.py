@@ -45,6 +45,14 @@ class ModelFile(NamedTuple):
     metadata: dict[str, Any]
 
 
+class InterruptibleFile(TensorFile):
+    """A file whose reading ends when the person cancels; a large one takes a minute."""
+
+    def __getitem__(self, key: str) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return super().__getitem__(key)
+
+
 def read(path: Path) -> ModelFile:
     """A file, its tensors read when they are used. Raises CheckpointError for a damaged one.
 
@@ -53,7 +61,7 @@ def read(path: Path) -> ModelFile:
     if path.suffix.lower() == EXTENSION:
         gguf = GGUFFile(path)
         return ModelFile(path, gguf, gguf.metadata)
-    file = TensorFile(path)
+    file = InterruptibleFile(path)
     if not comfy.memory_management.aimdo_enabled:
         return ModelFile(path, file, file.metadata)
     tensors = comfy.utils.load_torch_file(str(path), safe_load=True)

@@ -155,16 +155,11 @@ class HookPatch(comfy.model_patcher.LowVramPatch):
 class PackedPatcher(RestingPatcher):
     """Adds LoRAs to the unpacked weight at each use; they are never rounded into packed ones."""
 
-    def patch_weight_to_device(
-        self, key: str, device_to: Any = None, inplace_update: bool = False,
-        return_weight: bool = False, force_cast: bool = False,
-    ) -> Any:  # fmt: skip
+    def patch_weight_to_device(self, key: str, *rest: Any, **named: Any) -> Any:
         weight = comfy.utils.get_attr(self.model, key)
         if key in self.patches and isinstance(weight, QuantizedTensor):
             return weight
-        return super().patch_weight_to_device(
-            key, device_to, inplace_update, return_weight, force_cast
-        )
+        return super().patch_weight_to_device(key, *rest, **named)
 
     def state_dict_for_saving(self, *args: Any, **named: Any) -> Any:
         if any(key in self.patches for key, _ in self._packed()):

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from ...sd35_core.errors import SettingError
+from ...sd35_core.latent import PIXELS
 from ...sd35_core.sampling import SAMPLERS
+from .memory import enough_memory
+from .report import log
 
 Latent = dict[str, Any]
 
@@ -43,30 +46,56 @@ def sample(
 ) -> Latent:
     """A LATENT denoised along `sigmas`; noise on the CPU from `seed`, as the host makes it.
 
-    Raises SettingError when the result is not finite.
+    Raises SettingError when the latent, or every picture of the result, is not finite; pictures
+    that are broken beside whole ones are a warning.
     """
     latent = dict(latent)
-    ratios = [latent.pop(f"downscale_ratio_{kind}", None) for kind in ("spacial", "temporal")]
-    start = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios)
-    noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
-    out = comfy.sample.sample_custom(
-        model,
-        noise,
-        cfg,
-        comfy.samplers.KSAMPLER(SAMPLERS[sampler]),
-        sigmas,
-        positive,
-        negative,
-        start,
-        noise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-    )
-    if not torch.isfinite(out).all():
+    ratio = latent.pop("downscale_ratio_spacial", None)
+    latent.pop("downscale_ratio_temporal", None)
+    start = comfy.sample.fix_empty_latent_channels(model, latent["samples"], ratio)
+    if bad := int((~torch.isfinite(start)).sum()):
         raise SettingError(
-            f"The model gave values that are not numbers, so the picture would be black (cfg "
-            f"{cfg}, dtype {model.model_dtype()}). Use another weight_dtype in SD35Loader or a "
-            "lower cfg; if it stays, the model file is damaged."
+            f"{bad:,} of {start.numel():,} values of the latent are not numbers, so the picture "
+            "would be black. Look for the node that made it; a VAE in fp16 can do that (start "
+            "ComfyUI with --fp32-vae)."
         )
+    noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
+    count, height, width = start.shape[0], *(PIXELS * side for side in start.shape[-2:])
+    with enough_memory(
+        f"sampling {count} picture{'s' if count > 1 else ''} of {width}x{height}",
+        "Make the picture or the batch smaller, or the model: SD35Loader has fp8 in weight_dtype "
+        "and a modulation_cache.",
+    ):
+        out = comfy.sample.sample_custom(
+            model,
+            noise,
+            cfg,
+            comfy.samplers.KSAMPLER(SAMPLERS[sampler]),
+            sigmas,
+            positive,
+            negative,
+            start,
+            noise_mask=latent.get("noise_mask"),
+            callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+    check_finite(out, f"cfg {cfg}, dtype {model.model_dtype()}")
     return {**latent, "samples": out}
+
+
+def check_finite(out: Tensor, settings: str) -> None:
+    """Raise SettingError when no picture of a batch is whole; warn when some are not."""
+    broken = (~torch.isfinite(out)).flatten(1).sum(dim=1)
+    count, pictures = int((broken > 0).sum()), len(out)
+    if not count:
+        return
+    text = (
+        f"{count} of {pictures} pictures would be black: {int(broken.sum()):,} of {out.numel():,} "
+        f"values that the model gave are not numbers ({settings}). Use another weight_dtype in "
+        "SD35Loader or a lower cfg; if it stays, a prompt's encoding, a ControlNet's picture or "
+        "the model file is damaged."
+    )
+    if count == pictures:
+        raise SettingError(text)
+    log.warning(text)

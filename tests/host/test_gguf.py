@@ -80,7 +80,7 @@ def test_what_is_wrong_is_said(
     with pytest.raises(CheckpointError, match="architecture 'llama', expected 'sd3'"):
         GGUFFile(write(tmp_path / "llama.gguf", small, "Q8_0", "llama"))
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(CheckpointError, match="pip install gguf"):
+    with pytest.raises(CheckpointError, match="pip install --upgrade gguf"):
         GGUFFile(path)
 
 
