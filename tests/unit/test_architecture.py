@@ -115,6 +115,11 @@ def test_the_pack_uses_no_pickle_eval_network_or_subprocess() -> None:
             assert not names & {"eval", "exec", "print"}, path
 
 
+def test_the_automation_needs_no_host_torch_or_pack() -> None:
+    for path in (ROOT / "automation").glob("*.py"):
+        assert not imports(path)[0] & {*HOST, "torch", "sd35_core", "nodes", "tools"}, path
+
+
 def test_the_core_imports_with_torch_alone() -> None:
     modules = [f"sd35_core.{path.stem}" for path in CORE.glob("*.py") if path.stem != "__init__"]
     code = (
@@ -147,7 +152,7 @@ def is_text_without_encoding(call: ast.Call) -> bool:
 
 
 def sources() -> list[Path]:
-    folders = ("sd35_core", "nodes", "tools", "tests")
+    folders = ("sd35_core", "nodes", "automation", "tools", "tests")
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 

@@ -1,0 +1,1 @@
+"""ComfyUI from a script: one workflow, or many."""

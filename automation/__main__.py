@@ -1,0 +1,95 @@
+"""python -m automation: run ComfyUI workflows from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from . import files, workflow
+from .client import Client, Step
+from .errors import AutomationError
+
+SERVER = "http://127.0.0.1:8188"
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser("python -m automation", description=(__doc__ or "").strip())
+    commands = made.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run one API workflow and save what it makes")
+    run.add_argument("workflow", type=Path, help="a JSON file in API format")
+    run.add_argument("--server", default=SERVER, help=f"a running ComfyUI (default: {SERVER})")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NODE.WIDGET=VALUE",
+        help='set a widget: of a node by its title, class or id, as in "Prompt.text=an owl"',
+    )
+    run.add_argument(
+        "--out", type=Path, default=Path(), help="folder for the files (default: here)"
+    )
+    return made
+
+
+def overrides(given: list[str]) -> dict[str, str]:
+    """{"Prompt.text": "an owl"} from "Prompt.text=an owl". Raises WorkflowError."""
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise workflow.WorkflowError(f"'{text}' sets nothing: write NODE.WIDGET=VALUE.")
+        found[name] = value
+    return found
+
+
+@contextlib.contextmanager
+def shown(prompt: workflow.Workflow) -> Iterator[Callable[[Step], None]]:
+    """A progress bar; where tqdm is not installed, none."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda step: None
+        return
+    with tqdm(file=sys.stderr, leave=False) as bar:
+
+        def show(step: Step) -> None:
+            bar.set_description(workflow.title(prompt[step.node]) if step.node in prompt else "")
+            bar.total, bar.n = step.total, step.done
+            bar.refresh()
+
+        yield show
+
+
+async def run(options: argparse.Namespace) -> None:
+    prompt = workflow.overridden(workflow.read(options.workflow), overrides(options.set))
+    async with Client(options.server) as client:
+        with shown(prompt) as show:
+            result = await client.run(prompt, show)
+        for file in result.files:
+            data = await client.fetch(file)
+            path = files.free(options.out / file.filename)
+            await asyncio.to_thread(files.write, path, data)
+            print(path)
+        for node, texts in result.texts.items():
+            for text in texts:
+                print(f"{workflow.title(prompt[node]) if node in prompt else node}: {text}")
+
+
+def main() -> int:
+    options = parser().parse_args()
+    try:
+        asyncio.run(run(options))
+    except AutomationError as error:
+        print(f"automation: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

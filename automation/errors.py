@@ -1,0 +1,17 @@
+"""What can go wrong with a server or a workflow, in sentences for the person who automates."""
+
+
+class AutomationError(Exception):
+    """Anything this package refuses to do, with a sentence that says why."""
+
+
+class WorkflowError(AutomationError):
+    """A workflow that can't be queued, or an override that fits nothing in it."""
+
+
+class ServerError(AutomationError):
+    """A server that is not there, is no ComfyUI, or refuses a workflow."""
+
+
+class RunError(AutomationError):
+    """A prompt that ended without its results: it failed or was cancelled."""
