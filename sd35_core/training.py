@@ -119,6 +119,7 @@ WORDS = {
     tuple: "a list", dict: "a table",
 }  # fmt: skip
 PATHS = ("output", "images", "vae", "tokenizer", "text_encoders", "start")
+TEXTS = ("examples", "samples")
 
 
 def read_config(path: Path) -> TrainingConfig:
@@ -145,10 +146,17 @@ def read_config(path: Path) -> TrainingConfig:
         allowed = (int, float) if kind is float else kind
         if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
             raise SettingError(f"'{path.name}': {name} is {value!r}, but should be {WORDS[kind]}.")
+        if name in TEXTS and not all(isinstance(entry, str) for entry in value):
+            raise SettingError(
+                f"'{path.name}': {name} is {value!r}, but should be a list of texts."
+            )
         values[name] = value
 
     def absolute(name: str) -> str:
-        return str((path.parent / Path(name).expanduser()).resolve())
+        try:
+            return str((path.parent / Path(name).expanduser()).resolve())
+        except (OSError, RuntimeError, ValueError) as error:
+            raise SettingError(f"'{path.name}': {name!r} is no path here: {error}") from error
 
     for name in PATHS:
         if values.get(name):
@@ -160,7 +168,8 @@ def read_config(path: Path) -> TrainingConfig:
     if bool(config.images) == bool(config.examples):
         raise SettingError(f"'{path.name}' needs either 'images' or 'examples'.")
     for size in config.sizes:
-        if not isinstance(size, tuple) or len(size) != 2 or any(s % 16 or s <= 0 for s in size):
+        numbers = isinstance(size, tuple) and all(isinstance(side, int) for side in size)
+        if not numbers or len(size) != 2 or any(side % 16 or side <= 0 for side in size):
             raise SettingError(
                 f"'{path.name}': sizes has {size}; a size is a width and a height in pixels, "
                 "multiples of 16, such as [128, 96]."

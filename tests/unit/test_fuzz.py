@@ -262,6 +262,7 @@ def test_workflow(tmp_path_factory: pytest.TempPathFactory, workflow: dict[str, 
 
 
 SETTINGS = list(TrainingConfig.__dataclass_fields__)
+ENTRIES = st.integers(-16, 64) | st.text("~/a\0", max_size=4)
 
 
 @WRITTEN
@@ -272,7 +273,7 @@ SETTINGS = list(TrainingConfig.__dataclass_fields__)
         | st.floats(allow_nan=False)
         | st.booleans()
         | st.text("ab/.\\", max_size=6)
-        | st.lists(st.integers(-16, 64) | st.lists(st.integers(-16, 64), max_size=3), max_size=3),
+        | st.lists(ENTRIES | st.lists(ENTRIES, max_size=3), max_size=3),
         max_size=8,
     ).map(lambda d: "\n".join(f"{key} = {json.dumps(value)}" for key, value in d.items()))
     | st.text(max_size=60)
