@@ -9,9 +9,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from . import files, workflow
+from . import batch, files, workflow
 from .client import Client, Step
 from .errors import AutomationError
+from .jobs import Table
+from .manifest import ASIDE, DONE
 
 SERVER = "http://127.0.0.1:8188"
 
@@ -32,6 +34,18 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--out", type=Path, default=Path(), help="folder for the files (default: here)"
     )
+    many = commands.add_parser("batch", help="run many jobs; again, it does what is missing")
+    many.add_argument("jobs", type=Path, help="a JSONL or CSV file, a job each row")
+    many.add_argument("--workflow", type=Path, help="the template of rows that name none")
+    many.add_argument("--seeds", default="", help="run every row with each of these, as in 1,2,3")
+    many.add_argument(
+        "--server", action="append", help=f"a running ComfyUI; repeatable (default: {SERVER})"
+    )
+    many.add_argument("--out", type=Path, required=True, help="folder of pictures and manifest")
+    many.add_argument(
+        "--patience", type=float, default=120, help="seconds a server may be away (default: 120)"
+    )
+    many.add_argument("--again", action="store_true", help="also what was set aside before")
     return made
 
 
@@ -79,10 +93,40 @@ async def run(options: argparse.Namespace) -> None:
                 print(f"{workflow.title(prompt[node]) if node in prompt else node}: {text}")
 
 
+async def run_batch(options: argparse.Namespace) -> None:
+    try:
+        seeds = tuple(int(seed) for seed in options.seeds.split(",") if seed.strip())
+    except ValueError as error:
+        raise AutomationError(f"--seeds takes whole numbers, as in 1,2,3: {error}.") from error
+    table = Table(options.jobs, options.workflow, seeds)
+    with counted(table.count()) as count:
+        servers = list(dict.fromkeys(options.server or [SERVER]))
+        clients = [Client(url, options.patience) for url in servers]
+        counts = await batch.run(table, clients, options.out, options.again, count)
+    print(f"{counts[DONE]} done, {counts[ASIDE]} set aside; {options.out / 'manifest.jsonl'}")
+
+
+@contextlib.contextmanager
+def counted(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar over jobs; where tqdm is not installed, none."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda status: None
+        return
+    with tqdm(total=total, file=sys.stderr, unit="job") as bar:
+
+        def count(status: str) -> None:
+            bar.update()
+
+        yield count
+
+
 def main() -> int:
     options = parser().parse_args()
+    command = {"run": run, "batch": run_batch}[options.command]
     try:
-        asyncio.run(run(options))
+        asyncio.run(command(options))
     except AutomationError as error:
         print(f"automation: {error}", file=sys.stderr)
         return 1

@@ -22,7 +22,7 @@ from typing import Any
 
 import aiohttp
 
-from .errors import RunError, ServerError
+from .errors import RefusedError, RunError, ServerError
 from .workflow import Workflow, title
 
 LOOK_SECONDS = 5.0
@@ -102,12 +102,26 @@ class Client:
             raise ServerError(f"{self.url} answers, but not as ComfyUI does. Is the address right?")
         return found
 
-    async def run(self, workflow: Workflow, step: Callable[[Step], None] | None = None) -> Result:
+    async def known(self) -> set[str]:
+        """The ids of all prompts that the server waits for, draws or has drawn."""
+        queue = await self._ask("GET", "/queue")
+        entries = [*queue["queue_running"], *queue["queue_pending"]]
+        return {entry[1] for entry in entries} | set(await self._ask("GET", "/history"))
+
+    async def run(
+        self,
+        workflow: Workflow,
+        step: Callable[[Step], None] | None = None,
+        prompt_id: str | None = None,
+    ) -> Result:
         """Queue a workflow and wait for what it makes; again if the server was started anew.
 
-        Raises ServerError when it is refused or the server is gone, RunError when it fails.
+        With the `prompt_id` of a prompt that the server knows, that one is waited for.
+
+        Raises RefusedError when it is refused, RunError when it fails, ServerError when the
+        server is gone.
         """
-        prompt_id = str(uuid.uuid4())
+        prompt_id = prompt_id or str(uuid.uuid4())
         while True:
             await self.submit(workflow, prompt_id)
             result = await self.wait(prompt_id, step, workflow)
@@ -117,7 +131,8 @@ class Client:
     async def submit(self, workflow: Workflow, prompt_id: str | None = None) -> str:
         """Queue a workflow once, whatever the connection does; the prompt's id.
 
-        Raises ServerError with the server's reasons when it takes no such workflow.
+        Raises RefusedError with the server's reasons when it takes no such workflow, ServerError
+        when it is gone.
         """
         prompt_id = prompt_id or str(uuid.uuid4())
         body = {"prompt": workflow, "prompt_id": prompt_id, "client_id": self.client_id}
@@ -203,13 +218,13 @@ class Client:
             pause = min(2 * pause, 5)
 
     async def _once(self, method: str, path: str, body: Any = None) -> Any:
-        """One request. Raises ServerError when it is refused."""
+        """One request. Raises RefusedError, or ServerError for an answer that is not ComfyUI's."""
         async with self._session.request(method, self.url + path, json=body) as answer:
             text = await answer.text()
-        if answer.status >= 400:
-            raise ServerError(
-                refusal(text) if answer.status == 400 else f"{self.url}{path}: {text}"
-            )
+        if answer.status == 400:
+            raise RefusedError(refusal(text))
+        if answer.status > 400:
+            raise ServerError(f"{self.url}{path} answers {answer.status}: {text[:200]}")
         try:
             return json.loads(text) if text else None
         except ValueError as error:

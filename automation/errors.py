@@ -10,7 +10,11 @@ class WorkflowError(AutomationError):
 
 
 class ServerError(AutomationError):
-    """A server that is not there, is no ComfyUI, or refuses a workflow."""
+    """A server that is not there, or is no ComfyUI."""
+
+
+class RefusedError(AutomationError):
+    """A workflow that the server does not take, with its reasons."""
 
 
 class RunError(AutomationError):

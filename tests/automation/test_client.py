@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from automation.client import Client, Step
-from automation.errors import RunError, ServerError
+from automation.errors import RefusedError, RunError, ServerError
 from automation.workflow import Workflow, overridden
 from tools import host as hosts
 
@@ -73,7 +73,7 @@ def test_a_failing_node_and_a_refused_widget_are_named(
 ) -> None:
     async def draw() -> None:
         async with Client(server.url) as client:
-            with pytest.raises(ServerError, match="(?s)SD35Sampler.*steps"):
+            with pytest.raises(RefusedError, match="(?s)SD35Sampler.*steps"):
                 await client.run(overridden(quick, {"SD35Sampler.steps": 0}))
             wide = overridden(quick, {"EmptySD3LatentImage.width": 8192})
             with pytest.raises(RunError, match=r"DPM\+\+ 2M Shift Sampler .*position table"):

@@ -1,0 +1,107 @@
+"""What became of each job of a batch: a line of JSON each, in the folder of its pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from . import files
+from .errors import AutomationError
+from .jobs import Job
+
+DONE, ASIDE = "done", "set aside"
+
+
+class Manifest:
+    """manifest.jsonl of a folder: lines are added, whole or not at all, and the last one counts.
+
+    `batch` is the folder's own id, from which its prompts' ids are made.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, folder / "manifest.jsonl"
+        self.seen: dict[str, tuple[str, str, list[str]]] = {}
+        """Job -> (status, hash of its inputs, its files)."""
+        self.batch = self._batch()
+        if self.path.exists():
+            self._read()
+
+    def _batch(self) -> uuid.UUID:
+        path = self.folder / "batch.json"
+        if not path.exists():
+            files.write(path, json.dumps({"batch": str(uuid.uuid4())}).encode())
+        try:
+            return uuid.UUID(json.loads(path.read_text(encoding="utf-8"))["batch"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise AutomationError(f"{path} is damaged ({error}). Use another folder.") from error
+
+    def _read(self) -> None:
+        """Take up the lines; one that was cut off by the end of a run is taken away."""
+        whole = 0
+        with self.path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    self._take_up(json.loads(line))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise AutomationError(
+                        f"{self.path} is damaged at byte {whole} ({error}). Repair that line or "
+                        "take it out; its job is then done again."
+                    ) from error
+                whole += len(line)
+        if whole != self.path.stat().st_size:
+            os.truncate(self.path, whole)
+
+    def missing(self, job: Job, again: bool = False) -> bool:
+        """Whether a job has still to be done; with `again` those that were set aside as well."""
+        status, inputs, names = self.seen.get(job.id, ("", "", []))
+        if inputs != job.inputs() or not all((self.folder / name).is_file() for name in names):
+            return True
+        return not (status == DONE or (status == ASIDE and not again))
+
+    def _take_up(self, entry: dict[str, Any]) -> None:
+        names = [file["name"] for file in entry.get("files", ())]
+        self.seen[entry["job"]] = entry["status"], entry["inputs"], names
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Write down what became of a job; on the disk when this returns."""
+        line = json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n"
+        try:
+            with self.path.open("ab") as file:
+                before = file.tell()
+                try:
+                    file.write(line.encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.truncate(self.path, before)
+                    raise
+        except OSError as error:
+            raise AutomationError(
+                f"{self.path} could not be written: {error}. Make room on the disk; the same "
+                "command goes on from here."
+            ) from error
+        self._take_up(entry)
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Manifest]:
+    """The manifest of a folder, for one batch at a time. Raises AutomationError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            yield Manifest(folder)
+    except Timeout as error:
+        raise AutomationError(
+            f"Another batch is writing into {folder}. Wait for it, or use another folder."
+        ) from error
+    except OSError as error:
+        raise AutomationError(f"{folder} can't be used: {error}.") from error
