@@ -22,9 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import host
 
+NEEDS = ("setpriv", "unshare", "ip")
 NOBODY = "65534"
-AS_NOBODY = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-OFFLINE = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$0" "$@"']
+AS_NOBODY = [
+    shutil.which("setpriv") or "",
+    f"--reuid={NOBODY}",
+    f"--regid={NOBODY}",
+    "--clear-groups",
+]
+UP = f'{shutil.which("ip")} link set lo up && exec "$0" "$@"'
+OFFLINE = [shutil.which("unshare") or "", "--net", "/bin/sh", "-c", UP]
 PYTHON = "/usr/bin/python3"
 NAME = "a folder, Über 图"
 FEW = ["tests/unit", "tests/host/test_demo.py", "tests/browser/test_panels.py"]
@@ -90,8 +97,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The README's commands where little is there.")
     parser.add_argument("--tests", action="store_true", help="every test, not a few")
     tests = ["tools/test.py", *([] if parser.parse_args().tests else FEW)]
-    if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("unshare"):
-        print("first_run: this needs Linux, root, setpriv and unshare", file=sys.stderr)
+    if sys.platform != "linux" or os.geteuid() != 0 or not all(map(shutil.which, NEEDS)):
+        print(f"first_run: this needs Linux, root, {', '.join(NEEDS)}", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory(prefix="sd35-first-") as temporary:
         place = Place(Path(temporary))
