@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_management
-from comfy.model_patcher import LowVramPatch, ModelPatcher, wipe_lowvram_weight
+from comfy.model_patcher import ModelPatcher, wipe_lowvram_weight
 from comfy.patcher_extension import CallbacksMP
-from comfy.quant_ops import QuantizedTensor
 
 from ...sd35_core.modulation import ModulationCache
 
@@ -46,7 +45,7 @@ def _end(patcher: Any) -> None:
 class RestingPatcher(ModelPatcher):
     """A ModelPatcher that leaves adaLN weights on the offload device while they are cached.
 
-    The host's layers bring such a weight over for the one call that uses it, LoRA included.
+    The host's layers bring such a weight over for the one call that uses it.
     """
 
     def model_size(self) -> int:
@@ -67,26 +66,32 @@ class RestingPatcher(ModelPatcher):
             super().load(device_to, lowvram_model_memory, force_patch_weights, full_load)
             return
         self.model.resting = True
+        with self.use_ejected():
+            self.unpatch_hooks()
+            for name, module in self._modulations():
+                self._rest(name, module, device_to)
         memory = 1e32 if full_load else lowvram_model_memory
         super().load(device_to, memory, force_patch_weights, False)
-        for name, module in self._modulations():
-            self._rest(name, module, force_patch_weights)
 
     def _rests(self, full_load: bool) -> bool:
         mode = self.model.modulation_mode
         return mode == ON or self.model.resting or (mode == AUTO and not full_load)
 
-    def _rest(self, name: str, module: Any, force_patch_weights: bool) -> None:
-        """Leave a module where it is, to be brought over at each use."""
+    def _rest(self, name: str, module: Any, device_to: Any) -> None:
+        """Leave a module on the offload device, to be brought over at each use.
+
+        A LoRA is rounded into its weights once, as the host does with a layer that it loads: so a
+        weight that rests has the bits of one that does not.
+        """
         wipe_lowvram_weight(module)
-        for part, functions in (("weight", module.weight_function), ("bias", module.bias_function)):
-            key = f"{name}.{part}"
-            if key in self.patches and not isinstance(getattr(module, part), QuantizedTensor):
-                if force_patch_weights:
-                    self.patch_weight_to_device(key)
-                    module.comfy_patched_weights = True  # the host saves it as it is
-                else:
-                    functions.append(LowVramPatch(key, self.patches))
+        keys = [f"{name}.{part}" for part in ("weight", "bias")]
+        if not getattr(module, "comfy_patched_weights", False):
+            for key in keys:
+                self.unpin_weight(key)
+                self.patch_weight_to_device(key, device_to)
+            module.comfy_patched_weights = True
+        module.to(self.offload_device)
+        for key, functions in zip(keys, (module.weight_function, module.bias_function)):
             functions.extend(self.weight_wrapper_patches.get(key, ()))
             self.pin_weight_to_device(key)
         module.prev_comfy_cast_weights = module.comfy_cast_weights
