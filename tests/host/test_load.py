@@ -238,7 +238,7 @@ class Client:
             assert event["type"] == "execution_success"
             assert await self.saved(outputs) == [self.load.expected[each]], each
         while (entry := await self.end(prompt_id))["prompt"][2] != short(*keys[1]):
-            pass
+            await asyncio.sleep(0.1)
         await self.has_picture(entry, keys[1])
 
     async def disconnecting(self, key: Key) -> None:
@@ -270,6 +270,7 @@ async def run(load: Load) -> None:
         clients = [Client(load, session, number) for number in range(CLIENTS)]
         first = clients[0]
         await first.connect()
+        await first.post("/history", {"clear": True})
         for key in product(WORKFLOWS, SEEDS):
             entry = await first.end(await first.queue(short(*key)))
             (load.expected[key],) = await first.saved(entry["outputs"].values())
