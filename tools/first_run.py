@@ -3,8 +3,9 @@
     python tools/first_run.py [--tests]
 
 In an empty folder whose name has spaces and other letters, with an empty cache, as a user without
-rights, without git, compiler or proxy: the demo twice at once; then, with the network taken away,
-the demo again and the tests (a few, or with --tests all of them). About 7 GB in /tmp, given back.
+rights, without git, compiler or proxy: the demo twice at once and one file of tests; then, with
+the network taken away, the demo again and the tests (a few, or with --tests all of them). About
+7 GB in /tmp, given back.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ def main() -> int:
         good = told("demo, twice at once, empty cache, no git or compiler, no rights", demos)
         pictures = [place.pack / "one.png", place.pack / "two.png"]
         good &= all(p.is_file() and p.read_bytes().startswith(b"\x89PNG") for p in pictures)
+        good &= told("one test", [place.start(["tools/test.py", "tests/unit/test_scenes.py"])])
         good &= told("demo, offline", [place.start(["tools/demo.py"], online=False)])
         good &= told("tests, offline", [place.start(tests, online=False)])
     return 0 if good else 1

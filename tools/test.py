@@ -1,7 +1,8 @@
 """Run every test: python tools/test.py [pytest's arguments]
 
-Gets what is missing first: a ComfyUI with its environment and, on Debian as root, a Chromium for
-the tests of the canvas. Without arguments it also checks style and types.
+Gets what is missing first: a ComfyUI with its environment, the pictures that the small model
+learned from and, on Debian as root, a Chromium for the tests of the canvas. After that it needs
+no network. Without arguments it also checks style and types.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import chromium, host
+from tools.nano.pictures import emoji_folder
 
 
 def browser_path() -> str | None:
@@ -35,6 +37,7 @@ def browser_path() -> str | None:
 def main() -> int:
     try:
         found = host.find()
+        emoji_folder()
     except host.HostError as error:
         print(f"test: {error}", file=sys.stderr)
         return 1

@@ -8,32 +8,43 @@ import tarfile
 import urllib.request
 from pathlib import Path
 
-from tools.host import cache_root, say
+from tools.host import HostError, cache_root, locked, say
 
 URL = "https://registry.npmjs.org/@lobehub/fluent-emoji-3d/-/fluent-emoji-3d-1.1.0.tgz"
 SHA256 = "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
 
 
 def emoji_folder() -> Path:
-    """The folder with one 256x256 RGBA WebP per emoji; downloads 16 MB the first time."""
+    """The folder with one 256x256 RGBA WebP per emoji; downloads 16 MB the first time.
+
+    Raises HostError when they can't be had or are not what they were.
+    """
     folder = cache_root() / "fluent-emoji-3d-1.1.0"
-    if folder.is_dir():
-        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_name(folder.name + ".lock")):
+        if not folder.is_dir():
+            _fetch(folder)
+    return folder
+
+
+def _fetch(folder: Path) -> None:
     say(f"Downloading {URL} (16 MB)")
-    with urllib.request.urlopen(URL, timeout=60) as response:
-        archive = response.read()
+    try:
+        with urllib.request.urlopen(URL, timeout=60) as response:
+            archive = response.read()
+    except OSError as error:
+        raise HostError(f"{URL} could not be downloaded: {error}") from error
     found = hashlib.sha256(archive).hexdigest()
     if found != SHA256:
-        raise SystemExit(f"{URL}\n  has sha256 {found},\n  expected   {SHA256}. Nothing was kept.")
+        raise HostError(f"{URL}\n  has sha256 {found},\n  expected   {SHA256}. Nothing was kept.")
     partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(exist_ok=True)
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
         for member in tar:
             content = tar.extractfile(member) if member.name.endswith(".webp") else None
             if content is not None:
                 (partial / Path(member.name).name).write_bytes(content.read())
     partial.rename(folder)
-    return folder
 
 
 def nano_folder() -> Path:
