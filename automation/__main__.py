@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from . import batch, files, workflow
+from . import batch, cluster, files, workflow
 from .client import Client, Step
 from .errors import AutomationError
 from .jobs import Table
@@ -42,6 +44,18 @@ def parser() -> argparse.ArgumentParser:
         "--server", action="append", help=f"a running ComfyUI; repeatable (default: {SERVER})"
     )
     many.add_argument("--out", type=Path, required=True, help="folder of pictures and manifest")
+    many.add_argument("--pictures", default="", help="where they go instead, as s3://bucket/name")
+    many.add_argument(
+        "--ray", metavar="ADDRESS", help="start servers on a Ray cluster: HOST:PORT, auto or local"
+    )
+    many.add_argument(
+        "--comfyui", default=os.environ.get("COMFYUI_PATH"), help="ComfyUI's folder on its nodes"
+    )
+    many.add_argument("--workers", type=int, default=0, help="how many (default: one a GPU or CPU)")
+    many.add_argument("--cpus", type=int, default=1, help="CPUs, and threads, of each (default: 1)")
+    many.add_argument(
+        "--comfyui-args", default="", help='further arguments of ComfyUI, as in "--lowvram"'
+    )
     many.add_argument(
         "--patience", type=float, default=120, help="seconds a server may be away (default: 120)"
     )
@@ -99,11 +113,31 @@ async def run_batch(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise AutomationError(f"--seeds takes whole numbers, as in 1,2,3: {error}.") from error
     table = Table(options.jobs, options.workflow, seeds)
-    with counted(table.count()) as count:
-        servers = list(dict.fromkeys(options.server or [SERVER]))
-        clients = [Client(url, options.patience) for url in servers]
-        counts = await batch.run(table, clients, options.out, options.again, count)
+    urls = list(dict.fromkeys(options.server or ([] if options.ray else [SERVER])))
+    with contextlib.ExitStack() as stack:
+        servers: list[batch.Server] = [Client(url, options.patience) for url in urls]
+        total = table.count()
+        if options.ray:
+            servers += stack.enter_context(workers(options))
+        count = stack.enter_context(counted(total))
+        counts = await batch.run(
+            table, servers, options.out, options.again, count, options.pictures
+        )
     print(f"{counts[DONE]} done, {counts[ASIDE]} set aside; {options.out / 'manifest.jsonl'}")
+
+
+def workers(options: argparse.Namespace) -> contextlib.AbstractContextManager[list[cluster.Worker]]:
+    """ComfyUIs on a Ray cluster, as the options say."""
+    if not options.comfyui:
+        raise AutomationError("--ray needs --comfyui: ComfyUI's folder on the cluster's nodes.")
+    if options.workers < 0 or options.cpus < 1:
+        raise AutomationError(
+            f"--workers has to be 0 or more and --cpus 1 or more; got {options.workers} and "
+            f"{options.cpus}."
+        )
+    arguments = tuple(shlex.split(options.comfyui_args))
+    slots = cluster.Slots(options.comfyui, arguments, options.workers, options.cpus)
+    return cluster.joined(options.ray, slots, options.patience)
 
 
 @contextlib.contextmanager

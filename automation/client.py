@@ -19,14 +19,18 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 
-from .errors import RefusedError, RunError, ServerError
+from .errors import LostError, RefusedError, RunError, ServerError
+from .files import Place
 from .workflow import Workflow, title
 
 LOOK_SECONDS = 5.0
 """How long a prompt is followed by its events alone before the server is asked."""
+RESTARTS = 3
+"""How often a prompt is queued when its server ends while it has it: it may be the cause."""
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
 
 
@@ -51,12 +55,16 @@ class Step:
 
 @dataclass
 class Result:
-    """What a prompt made: files, and texts by the node that showed them."""
+    """What a prompt made: files, and texts by the node that showed them.
+
+    cached: nodes that did not run, because the server has what they gave for the same inputs.
+    """
 
     prompt_id: str
     files: list[File]
     texts: dict[str, list[str]]
     seconds: float
+    cached: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -75,6 +83,7 @@ class Client:
 
     def __init__(self, url: str, patience: float = 120):
         self.url = url.rstrip("/") if "://" in url else f"http://{url.rstrip('/')}"
+        self.host = self.url
         self.patience = patience
         self.client_id = uuid.uuid4().hex
         self._followed: dict[str, _Followed] = {}
@@ -122,11 +131,12 @@ class Client:
         server is gone.
         """
         prompt_id = prompt_id or str(uuid.uuid4())
-        while True:
+        for _ in range(RESTARTS):
             await self.submit(workflow, prompt_id)
             result = await self.wait(prompt_id, step, workflow)
             if result is not None:
                 return result
+        raise RunError(f"{self.url} was started anew {RESTARTS} times while it had this.")
 
     async def submit(self, workflow: Workflow, prompt_id: str | None = None) -> str:
         """Queue a workflow once, whatever the connection does; the prompt's id.
@@ -142,7 +152,21 @@ class Client:
                 await self._once("POST", "/prompt", body)
             return prompt_id
 
-        return await self._patiently(post)
+        try:
+            return await self._patiently(post)
+        except RefusedError:
+            await self._check_nodes(workflow)
+            raise
+
+    async def _check_nodes(self, workflow: Workflow) -> None:
+        """Raises ServerError when the server lacks nodes; other servers may have them."""
+        kinds = sorted({node["class_type"] for node in workflow.values()})
+        lacking = [k for k in kinds if not await self._ask("GET", f"/object_info/{quote(k, '')}")]
+        if lacking:
+            raise ServerError(
+                f"{self.url} has no node {', '.join(lacking)}. Install the node pack there, start "
+                "it anew, and look at its log if the nodes are still missing."
+            )
 
     async def state(self, prompt_id: str) -> str:
         """ "pending", "running", "ended", or "unknown" to this server."""
@@ -184,16 +208,25 @@ class Client:
         await self._ask("POST", "/interrupt", {"prompt_id": prompt_id})
 
     async def fetch(self, file: File) -> bytes:
-        """The contents of a file that a workflow saved. Raises ServerError when it is gone."""
+        """The contents of a file that a workflow saved. Raises LostError when it is gone."""
         place = {"filename": file.filename, "subfolder": file.subfolder, "type": file.type}
 
         async def get() -> bytes:
             async with self._session.get(f"{self.url}/view", params=place) as answer:
                 if answer.status != 200:
-                    raise ServerError(f"{self.url} no longer has {file.filename}.")
+                    raise LostError(f"{self.url} no longer has {file.filename}.")
                 return await answer.read()
 
         return await self._patiently(get)
+
+    async def save(self, file: File, place: Place, name: str) -> str:
+        """Write a file that a workflow saved where it belongs; its sha256."""
+        data = await self.fetch(file)
+        return await asyncio.to_thread(place.write, name, data)
+
+    async def forget(self) -> None:
+        """Empty the server's cache of what nodes gave; models stay loaded."""
+        await self._ask("POST", "/free", {"free_memory": True, "unload_models": False})
 
     async def _history(self, prompt_id: str) -> dict[str, Any] | None:
         found = (await self._once("GET", f"/history/{prompt_id}")).get(prompt_id)
@@ -273,7 +306,9 @@ def result_of(
                 if isinstance(entry, dict) and "filename" in entry:
                     place = entry.get("subfolder", ""), entry.get("type", "output")
                     files.append(File(node, entry["filename"], *place))
-    return Result(prompt_id, files, texts, time.monotonic() - start)
+    messages = dict(history["status"].get("messages", ()))
+    cached = messages.get("execution_cached", {}).get("nodes", ())
+    return Result(prompt_id, files, texts, time.monotonic() - start, frozenset(map(str, cached)))
 
 
 def failure(history: dict[str, Any], workflow: Workflow) -> str:

@@ -19,3 +19,7 @@ class RefusedError(AutomationError):
 
 class RunError(AutomationError):
     """A prompt that ended without its results: it failed or was cancelled."""
+
+
+class LostError(RunError):
+    """A prompt whose server ended, or a file that it no longer has."""

@@ -35,12 +35,13 @@ class Job:
         nodes = {k: [v["class_type"], v["inputs"]] for k, v in self.workflow.items()}
         return hashlib.sha256(json.dumps(nodes, sort_keys=True).encode()).hexdigest()
 
-    def group(self) -> tuple[list[str], list[str]]:
-        """The model files and the texts: jobs that share them run one after the other, so that
-        the server loads and encodes once."""
+    def group(self) -> tuple[str, str]:
+        """The model files, and the other texts: jobs that share them run one after the other, so
+        that the server loads and encodes once."""
         values = [v for node in self.workflow.values() for v in workflow.widgets_of(node).values()]
         texts = sorted({v for v in values if isinstance(v, str)})
-        return [t for t in texts if FILE.search(t)], [t for t in texts if not FILE.search(t)]
+        files = [text for text in texts if FILE.search(text)]
+        return "\n".join(files), "\n".join(t for t in texts if t not in files)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import uuid
@@ -14,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from . import files
 from .errors import AutomationError
+from .files import Place
 from .jobs import Job
 
 DONE, ASIDE = "done", "set aside"
@@ -25,10 +27,13 @@ class Manifest:
     `batch` is the folder's own id, from which its prompts' ids are made.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, pictures: Place):
         self.folder, self.path = folder, folder / "manifest.jsonl"
-        self.seen: dict[str, tuple[str, str, list[str]]] = {}
-        """Job -> (status, hash of its inputs, its files)."""
+        self.pictures = pictures
+        self.seen: dict[str, tuple[str, str, list[str], int]] = {}
+        """Job -> (status, hash of its inputs, its files, attempts)."""
+        self._lines: list[bytes] = []
+        self._writing = asyncio.Lock()
         self.batch = self._batch()
         if self.path.exists():
             self._read()
@@ -62,23 +67,37 @@ class Manifest:
 
     def missing(self, job: Job, again: bool = False) -> bool:
         """Whether a job has still to be done; with `again` those that were set aside as well."""
-        status, inputs, names = self.seen.get(job.id, ("", "", []))
-        if inputs != job.inputs() or not all((self.folder / name).is_file() for name in names):
+        status, inputs, names, _ = self.seen.get(job.id, ("", "", (), 0))
+        if inputs != job.inputs() or not all(map(self.pictures.has, names)):
             return True
         return not (status == DONE or (status == ASIDE and not again))
 
+    def attempts(self, job: Job) -> int:
+        """How often a job was tried and failed before it was set aside, with the same inputs."""
+        status, inputs, _, attempts = self.seen.get(job.id, ("", "", (), 0))
+        return attempts if status == ASIDE and inputs == job.inputs() else 0
+
     def _take_up(self, entry: dict[str, Any]) -> None:
         names = [file["name"] for file in entry.get("files", ())]
-        self.seen[entry["job"]] = entry["status"], entry["inputs"], names
+        self.seen[entry["job"]] = entry["status"], entry["inputs"], names, entry["attempts"]
 
-    def add(self, entry: dict[str, Any]) -> None:
-        """Write down what became of a job; on the disk when this returns."""
-        line = json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n"
+    async def add(self, entry: dict[str, Any]) -> None:
+        """Write down what became of a job; on the disk when this returns. Entries that come while
+        the disk is busy are written together."""
+        line = json.dumps(entry, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+        self._lines.append(line)
+        async with self._writing:
+            if any(line is waiting for waiting in self._lines):
+                lines, self._lines = self._lines, []
+                await asyncio.to_thread(self._append, b"".join(lines))
+        self._take_up(entry)
+
+    def _append(self, data: bytes) -> None:
         try:
             with self.path.open("ab") as file:
                 before = file.tell()
                 try:
-                    file.write(line.encode())
+                    file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
                 except OSError:
@@ -89,16 +108,18 @@ class Manifest:
                 f"{self.path} could not be written: {error}. Make room on the disk; the same "
                 "command goes on from here."
             ) from error
-        self._take_up(entry)
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[Manifest]:
-    """The manifest of a folder, for one batch at a time. Raises AutomationError."""
+def opened(folder: Path, pictures: Place | None = None) -> Iterator[Manifest]:
+    """The manifest of a folder, its pictures there or elsewhere, for one batch at a time.
+
+    Raises AutomationError.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
-            yield Manifest(folder)
+            yield Manifest(folder, pictures or Place(str(folder)))
     except Timeout as error:
         raise AutomationError(
             f"Another batch is writing into {folder}. Wait for it, or use another folder."

@@ -27,6 +27,7 @@ TEST_TOOLS = [
     "playwright",
     "gguf==0.19.0",
     "hypothesis",
+    *("aiohttp", "filelock", "fsspec", "ray", "tqdm"),  # of automation
     *("pytest-aiohttp", "pytest-asyncio", "websocket-client"),  # of ComfyUI's own tests
 ]
 RELEASE = ["cyclonedx-bom"]
