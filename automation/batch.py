@@ -208,7 +208,10 @@ async def _serve(
 
 
 async def _do(server: Server, waiting: Waiting, job: Job, place: Place) -> dict[str, Any]:
-    """Run one job, up to three times, and save its files; its line for the manifest."""
+    """Run one job, up to three times, and save its files; its line for the manifest.
+
+    `seconds` there are those from `started` on, with waiting, `drawing` those of the server.
+    """
     start, error = time.time(), ""
     entry = {"job": job.id, "inputs": job.inputs(), "seed": job.seed, "tags": job.tags}
     before = waiting.manifest.attempts(job)
@@ -225,6 +228,7 @@ async def _do(server: Server, waiting: Waiting, job: Job, place: Place) -> dict[
             continue
         texts = [text for texts in result.texts.values() for text in texts]
         made = {"status": DONE, "files": saved, "texts": texts, "attempts": attempt}
+        made["drawing"] = result.seconds
         return {**entry, **made, "started": start, "seconds": round(time.time() - start, 3)}
     aside = {"status": ASIDE, "error": error, "attempts": attempt}
     return {**entry, **aside, "started": start, "seconds": round(time.time() - start, 3)}

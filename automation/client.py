@@ -29,6 +29,8 @@ from .workflow import Workflow, title
 
 LOOK_SECONDS = 5.0
 """How long a prompt is followed by its events alone before the server is asked."""
+ENDED_SECONDS = 0.02
+"""The same once an event says that it has ended: its history is written just after that."""
 RESTARTS = 3
 """How often a prompt is queued when its server ends while it has it: it may be the cause."""
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
@@ -57,7 +59,8 @@ class Step:
 class Result:
     """What a prompt made: files, and texts by the node that showed them.
 
-    cached: nodes that did not run, because the server has what they gave for the same inputs.
+    seconds: that the server took, without waiting. cached: nodes that did not run, because the
+    server has what they gave for the same inputs.
     """
 
     prompt_id: str
@@ -72,6 +75,7 @@ class _Followed:
     """A prompt that someone waits for."""
 
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: bool = False
     step: Callable[[Step], None] | None = None
 
 
@@ -149,7 +153,11 @@ class Client:
 
         async def post() -> str:
             if await self.state(prompt_id) == "unknown":
-                await self._once("POST", "/prompt", body)
+                answer = await self._once("POST", "/prompt", body)
+                if answer.get("node_errors"):  # it was queued for the outputs that can be made
+                    await self._once("POST", "/queue", {"delete": [prompt_id]})
+                    found = {"message": "A part of the workflow can't be run"}
+                    raise RefusedError(refusal(json.dumps({"error": found, **answer})))
             return prompt_id
 
         try:
@@ -187,7 +195,6 @@ class Client:
         Raises RunError when it fails or was cancelled, ServerError when the server is gone.
         """
         followed = self._followed[prompt_id] = _Followed(step=step)
-        start = time.monotonic()
         try:
             while True:
                 state = await self._patiently(lambda: self.state(prompt_id))
@@ -195,9 +202,10 @@ class Client:
                     return None
                 if state == "ended":
                     found = await self._patiently(lambda: self._history(prompt_id))
-                    return None if found is None else result_of(prompt_id, found, start, workflow)
+                    return None if found is None else result_of(prompt_id, found, workflow)
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(followed.changed.wait(), LOOK_SECONDS)
+                    seconds = ENDED_SECONDS if followed.ended else LOOK_SECONDS
+                    await asyncio.wait_for(followed.changed.wait(), seconds)
                 followed.changed.clear()
         finally:
             del self._followed[prompt_id]
@@ -288,12 +296,11 @@ class Client:
         if event["type"] == "progress" and followed.step is not None:
             followed.step(Step(str(data.get("node")), data["value"], data["max"]))
         if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+            followed.ended = True
             followed.changed.set()
 
 
-def result_of(
-    prompt_id: str, history: dict[str, Any], start: float, workflow: Workflow | None = None
-) -> Result:
+def result_of(prompt_id: str, history: dict[str, Any], workflow: Workflow | None = None) -> Result:
     """What an entry of /history holds. Raises RunError when the prompt failed."""
     if history["status"]["status_str"] != "success":
         raise RunError(failure(history, workflow or {}))
@@ -308,7 +315,10 @@ def result_of(
                     files.append(File(node, entry["filename"], *place))
     messages = dict(history["status"].get("messages", ()))
     cached = messages.get("execution_cached", {}).get("nodes", ())
-    return Result(prompt_id, files, texts, time.monotonic() - start, frozenset(map(str, cached)))
+    milliseconds = (
+        messages["execution_success"]["timestamp"] - messages["execution_start"]["timestamp"]
+    )
+    return Result(prompt_id, files, texts, milliseconds / 1000, frozenset(map(str, cached)))
 
 
 def failure(history: dict[str, Any], workflow: Workflow) -> str:

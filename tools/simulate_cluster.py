@@ -89,7 +89,7 @@ def simulate(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from automation.jobs import Table
 
     lines = options.manifest.read_text(encoding="utf-8").splitlines()
-    times = [float(json.loads(line)["seconds"]) for line in lines]
+    times = [float(json.loads(line)["drawing"]) for line in lines]
     times = [options.scale * seconds for seconds in times]
     tally = Tally(times=times)
     rows = (

@@ -6,18 +6,21 @@ import asyncio
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from automation.batch import Waiting
 from automation.client import Client
 from automation.errors import AutomationError, WorkflowError
-from automation.jobs import Table
+from automation.jobs import Job, Table
 from automation.manifest import opened
 from automation.workflow import Workflow, overridden
 from tools import host as hosts
@@ -41,12 +44,15 @@ def table(tmp_path: Path, quick: Workflow) -> Path:
     return path
 
 
-def started(table: Path, *options: str) -> subprocess.Popen[str]:
+def started(
+    table: Path, *options: str, before: Callable[[], None] | None = None
+) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(PACK), "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-m", "automation", "batch", str(table)]
     return subprocess.Popen(
         [*command, "--out", str(table.parent / "out"), *options],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+        preexec_fn=before,
     )  # fmt: skip
 
 
@@ -139,6 +145,84 @@ def test_what_cannot_go_on_says_why_and_keeps_what_is_done(
     assert code == 1 and "row 6: 'Promt.text': no node is called 'Promt'" in error
     code, _, error = finished(started(table, "--server", nowhere, "--patience", "1"))
     assert code == 1 and "No ComfyUI answers" in error
+
+
+def test_a_server_without_the_pack_is_named_and_the_others_do_the_jobs(
+    comfyui: hosts.Host, server: hosts.Server, table: Path
+) -> None:
+    with hosts.Server(comfyui, table.parent, ["--cpu", "--disable-all-custom-nodes"]) as bare:
+        code, _, error = finished(started(table, "--server", bare.url))
+        assert code == 1 and f"{bare.url} has no node SD35Loader" in error
+        assert not (table.parent / "out" / "manifest.jsonl").exists()
+        both = "--server", bare.url, "--server", server.url
+        code, out, error = finished(started(table, *both))
+        assert code == 0 and f"{JOBS} done, 0 set aside" in out and "has no node" in error
+    check_files(table.parent / "out")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX'")
+def test_a_full_disk_says_so_and_the_next_run_does_the_rest(
+    server: hosts.Server, table: Path
+) -> None:
+    import resource
+
+    folder = table.parent / "out"
+    small = 10_000  # bytes; a picture has 20,000
+
+    def shrink() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (small, resource.RLIM_INFINITY))
+
+    code, _, error = finished(started(table, "--server", server.url, before=shrink))
+    assert code == 1 and "could not be written" in error and "Make room on the disk" in error
+    assert not [path for path in folder.glob("*") if path.suffix in (".png", ".partial")]
+    code, out, _ = finished(started(table, "--server", server.url))
+    assert code == 0 and f"{JOBS} done, 0 set aside" in out
+    check_files(folder)
+
+
+def test_what_was_set_aside_is_tried_again_when_asked(
+    server: hosts.Server, table: Path, quick: Workflow
+) -> None:
+    """The server still has the failed prompts; they are not taken for the new ones."""
+    quick["8"] = {"class_type": "LoadImage", "inputs": {"image": "late.png"}, "_meta": {}}
+    quick["9"] = {"class_type": "PreviewImage", "inputs": {"images": ["8", 0]}, "_meta": {}}
+    table.write_text(json.dumps({"workflow": quick, "id": "late"}), encoding="utf-8")
+    picture = server.base / "input" / "late.png"
+    picture.unlink(missing_ok=True)
+    assert "0 done, 1 set aside" in finished(started(table, "--server", server.url))[1]
+    shutil.copy(server.base / "input" / "example.png", picture)
+    assert "0 done, 0 set aside" in finished(started(table, "--server", server.url))[1]
+    assert "1 done, 0 set aside" in finished(started(table, "--server", server.url, "--again"))[1]
+    entry = lines(table.parent / "out")[-1]
+    assert entry["attempts"] == 4 and len(entry["files"]) == 2
+
+
+def test_jobs_are_sorted_by_what_they_load_and_nobody_idles(
+    tmp_path: Path, quick: Workflow
+) -> None:
+    (tmp_path / "quick.json").write_text(json.dumps(quick), encoding="utf-8")
+    rows = [
+        {"set": {"SD35Loader.model": f"{n % 2}.safetensors", "Prompt.text": f"text {n // 2 % 3}"},
+         "seed": n}
+        for n in range(60)
+    ]  # fmt: skip
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with opened(tmp_path / "out") as manifest:
+        jobs = Table(tmp_path / "jobs.jsonl", tmp_path / "quick.json").jobs()
+        waiting = Waiting(jobs, manifest, again=False)
+        drawn: dict[str, list[Job]] = {"a": [], "b": []}
+        for server, queue in list(drawn.items()) * 20:
+            job = waiting.next(server)
+            assert job is not None
+            queue.append(job)
+        for queue in drawn.values():
+            assert len({job.group()[0] for job in queue}) == 1, "one model each"
+            texts = [job.group()[1] for job in queue]
+            assert sum(a != b for a, b in zip(texts, texts[1:])) == 1, "10 of each text"
+        while (job := waiting.next("b")) is not None:
+            drawn["b"].append(job)
+        assert len({job.id for queue in drawn.values() for job in queue}) == 60, "a's rest as well"
+        assert not waiting.left()
 
 
 def test_rows_of_a_csv_and_seeds_multiply(tmp_path: Path, quick: Workflow) -> None:

@@ -27,6 +27,7 @@ def test_a_workflow_gives_its_picture_texts_and_progress(
     server: hosts.Server, quick: Workflow
 ) -> None:
     steps: list[Step] = []
+    quick["5"]["inputs"]["seed"] = 991  # which no other test draws: the server remembers
 
     async def draw() -> tuple[bytes, bytes]:
         async with Client(server.url) as client:
@@ -68,6 +69,10 @@ def test_a_cancelled_prompt_says_so_and_the_next_one_works(
     asyncio.run(draw())
 
 
+def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
+
+
 def test_a_failing_node_and_a_refused_widget_are_named(
     server: hosts.Server, quick: Workflow
 ) -> None:
@@ -75,6 +80,10 @@ def test_a_failing_node_and_a_refused_widget_are_named(
         async with Client(server.url) as client:
             with pytest.raises(RefusedError, match="(?s)SD35Sampler.*steps"):
                 await client.run(overridden(quick, {"SD35Sampler.steps": 0}))
+            broken = {**quick, "8": node("LoadImage", image="gone.png")}
+            broken["9"] = node("PreviewImage", images=["8", 0])
+            with pytest.raises(RefusedError, match="(?s)A part of.*LoadImage.*gone.png"):
+                await client.run(broken)
             wide = overridden(quick, {"EmptySD3LatentImage.width": 8192})
             with pytest.raises(RunError, match=r"DPM\+\+ 2M Shift Sampler .*position table"):
                 await client.run(wide)
