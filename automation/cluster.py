@@ -37,6 +37,7 @@ PREFIX = "comfyui-of-ray-"
 START_SECONDS = 600
 """How long a ComfyUI may take until it answers."""
 CLOSE_SECONDS = 5
+OLD_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -255,10 +256,12 @@ class Worker:
 def own_folder() -> tuple[Path, FileLock]:
     """A new temporary folder, locked as long as this process lives; those of dead ones go."""
     for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with contextlib.suppress(Timeout, OSError), FileLock(left / "lock", timeout=0):
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(Timeout, OSError):
+            if time.time() - left.stat().st_mtime > OLD_SECONDS:  # else it may not be locked yet
+                with FileLock(left / "lock", timeout=0):
+                    shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-    lock = FileLock(folder / "lock")
+    lock = FileLock(folder / "lock", thread_local=False)
     lock.acquire()
     return folder, lock
 
@@ -283,6 +286,8 @@ def joined(address: str, slots: Slots, patience: float) -> Iterator[list[Worker]
     if address == "local":
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # listens on 127.0.0.1 alone
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    else:
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")  # of 40 s each, not 20
     try:
         import ray
     except ImportError as error:
@@ -296,7 +301,10 @@ def joined(address: str, slots: Slots, patience: float) -> Iterator[list[Worker]
             include_dashboard=False if address == "local" else None,
         )
     except (ConnectionError, RuntimeError, OSError, ValueError) as error:
-        raise AutomationError(f"No Ray cluster can be joined at {address}: {error}.") from error
+        raise AutomationError(
+            f"No Ray cluster can be joined at {address}: {error} If it asks for a token, set "
+            "RAY_AUTH_MODE=token here too."
+        ) from error
     try:
         have = ray.cluster_resources()
         count = slots.workers or int(have.get("GPU") or have.get("CPU", 0) // slots.cpus)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from automation.cluster import answers
 from automation.manifest import opened
 from automation.workflow import Workflow
 from tools import host as hosts
@@ -133,6 +135,39 @@ def test_pictures_go_straight_to_a_place_that_fsspec_knows(
     assert code == 0, error
     assert len(list(place.glob("*.png"))) == 4 and not list((table.parent / "out").glob("*.png"))
     assert "0 done" in finished(started(table, *command))[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="ray start --block is POSIX'")
+def test_a_cluster_that_runs_is_joined_and_goes_on_running(
+    comfyui: hosts.Host, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One on 127.0.0.1 alone and with a token; Ray has to be told both on both sides."""
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
+    table.write_text("\n".join(table.read_text("utf-8").splitlines()[:2]), encoding="utf-8")
+    address = f"127.0.0.1:{hosts.free_port()}"
+    head = subprocess.Popen(
+        [
+            *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
+            *("--node-ip-address", "127.0.0.1", "--port", address.split(":")[1]),
+            *("--include-dashboard", "false", "--disable-usage-stats"),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait(lambda: answers(int(address.split(":")[1])))
+        for name in (address, "auto"):
+            out = str(tmp_path / name.replace(":", "-"))
+            command = [*ray(comfyui, table, name), "--out", out]
+            code, said, error = finished(started(table, *command))
+            assert code == 0 and "2 done, 0 set aside" in said, error
+        assert head.poll() is None
+        wait(lambda: not comfyuis(tmp_path / "base"))
+    finally:
+        head.terminate()
+        head.wait(60)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{}", "nowhere.invalid:6379", "x", "auto"])
