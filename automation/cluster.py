@@ -316,14 +316,29 @@ def joined(address: str, slots: Slots, patience: float) -> Iterator[list[Worker]
 
 
 def check_address(address: str) -> None:
-    """Raises AutomationError when nothing listens at a HOST:PORT; ray itself would try for long."""
-    if address in ("auto", "local"):
+    """Raises AutomationError when nothing listens there; ray itself would try for minutes."""
+    found = announced() if address == "auto" else address
+    if found in ("", "local"):
         return
-    place = urlsplit(address if "://" in address else f"//{address}")
+    place = urlsplit(found if "://" in found else f"//{found}")
     try:
         socket.create_connection((place.hostname or "", place.port or 0), 5).close()
     except (OSError, ValueError) as error:
         raise AutomationError(
-            f"No Ray cluster answers at {address} ({error}). Write its HOST:PORT (6379 unless set "
-            "otherwise), or auto for the one on this machine, or local for one of its own."
+            f"No Ray cluster answers at {address} ({found}: {error}). Write its HOST:PORT (6379 "
+            "unless set otherwise), or auto for the one on this machine, or local for one of its "
+            "own."
         ) from error
+
+
+def announced() -> str:
+    """Where "auto" looks: RAY_ADDRESS, or what the last `ray start` on this machine wrote down,
+    which stays there when it is killed; else nothing."""
+    if "RAY_ADDRESS" in os.environ:
+        return os.environ["RAY_ADDRESS"]
+    system = tempfile.gettempdir() if sys.platform in ("linux", "win32") else "/tmp"
+    try:
+        folder = Path(os.environ.get("RAY_TMPDIR", system))
+        return (folder / "ray" / "ray_current_cluster").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
