@@ -1,10 +1,12 @@
 """Batches against each other, with the model that ships with the pack.
 
     python tools/bench_batch.py [--jobs 300] [--steps 8] [--keep FOLDER]
+    python tools/bench_batch.py --planned 20000
 
 In one run: the same jobs on one server, on one Ray worker and on two, each with one thread; whether
 the pictures are the same bytes; and jobs of two models and some texts in random order, one after
-the other as they come and grouped by what they load.
+the other as they come and grouped by what they load. With --planned: how soon a batch of so many
+jobs queues its first one on a server, and the driver's memory in the 90 s after that.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -111,6 +114,30 @@ def measure(options: argparse.Namespace, found: hosts.Host, folder: Path) -> Non
     print(f"grouped takes {grouped / as_they_come:.2f} of the time of jobs as they come")
 
 
+def plan(found: hosts.Host, jobs: int, folder: Path) -> None:
+    import psutil
+
+    rows = [{"set": {"Prompt.text": f"{TEXTS[n % 4]} {n // 4}"}, "seed": n} for n in range(jobs)]
+    table, out = written(folder, rows), folder / "out"
+    with hosts.Server(found, folder / "server", ["--cpu"]) as server:
+        command = [sys.executable, "-m", "automation", "batch", table, "--workflow", WORKFLOW]
+        command += ["--server", server.url, "--out", out]
+        start = time.monotonic()
+        driver = subprocess.Popen([str(part) for part in command], cwd=hosts.PACK)
+        queue = hosts.call(server.url, "/queue")
+        while not queue["queue_running"] and not queue["queue_pending"]:
+            time.sleep(0.02)
+            queue = hosts.call(server.url, "/queue")
+        print(f"{jobs} jobs: the first was queued after {time.monotonic() - start:.2f} s")
+        held = []
+        for _ in range(10):
+            held.append(round(psutil.Process(driver.pid).memory_info().rss / 2**20))
+            time.sleep(9)
+        driver.kill()
+        driver.wait()
+    print(f"the driver held {held} MB; {len(entries(out))} were done")
+
+
 def main() -> int:
     found = hosts.find()
     if not hosts.started_again():
@@ -118,10 +145,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Time batches.")
     parser.add_argument("--jobs", type=int, default=300)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--planned", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for pictures and manifests")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        measure(options, found, options.keep or Path(temporary))
+        folder = options.keep or Path(temporary)
+        if options.planned:
+            plan(found, options.planned, folder)
+        else:
+            measure(options, found, folder)
     return 0
 
 
