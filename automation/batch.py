@@ -144,9 +144,15 @@ async def run(
     async with AsyncExitStack() as stack:
         manifest = stack.enter_context(opened(folder, place))
         waiting = Waiting(table.jobs(), manifest, again)
+        inside: list[Server] = []
+
+        @stack.push_async_callback
+        async def leave() -> None:
+            await asyncio.gather(*(server.__aexit__(None, None, None) for server in inside))
 
         async def enter(server: Server) -> None:
-            await stack.enter_async_context(server)
+            await server.__aenter__()
+            inside.append(server)
             waiting.known.update(dict.fromkeys(await server.known(), server.url))
 
         def ended(status: str) -> None:

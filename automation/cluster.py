@@ -186,15 +186,14 @@ class Host:
 class Worker:
     """A Host as a batch sees it: the methods of a Client that it needs."""
 
-    def __init__(self, ray: Any, slots: Slots, number: int, patience: float):
+    def __init__(self, ray: Any, slots: Slots, gpu: bool, number: int, patience: float):
         self.url = self.host = f"ray:{number}"
         self.patience = patience
-        self._ray, self._slots = ray, slots
+        self._ray, self._slots, self._gpu = ray, slots, gpu
 
     async def __aenter__(self) -> Worker:
-        gpus = 1 if self._ray.cluster_resources().get("GPU") else 0
-        options = {"num_cpus": self._slots.cpus, "num_gpus": gpus, "max_restarts": -1}
-        self._actor = self._ray.remote(Host).options(**options).remote(self._slots, bool(gpus))
+        options = {"num_cpus": self._slots.cpus, "num_gpus": int(self._gpu), "max_restarts": -1}
+        self._actor = self._ray.remote(Host).options(**options).remote(self._slots, self._gpu)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -310,7 +309,8 @@ def joined(address: str, slots: Slots, patience: float) -> Iterator[list[Worker]
         count = slots.workers or int(have.get("GPU") or have.get("CPU", 0) // slots.cpus)
         if not count:
             raise AutomationError(f"The Ray cluster at {address} has neither GPU nor CPU: {have}.")
-        yield [Worker(ray, slots, number, patience) for number in range(1, count + 1)]
+        gpu = bool(have.get("GPU"))
+        yield [Worker(ray, slots, gpu, number, patience) for number in range(1, count + 1)]
     finally:
         ray.shutdown()
 

@@ -68,5 +68,5 @@ class SD35Check(io.ComfyNode):
         text = report(found)
         tell(text, node_id)
         if any(finding.severity in STOPS[strict] for finding in found):
-            raise SettingError(f"Stopped before sampling, as 'strict' says.\n{text}")
+            raise SettingError("Stopped before sampling, as 'strict' says.", *map(str, found))
         return io.NodeOutput(model, positive, negative, latent, ui=ui.PreviewText(text))

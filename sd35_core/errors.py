@@ -4,12 +4,20 @@ import errno
 
 import torch
 
+from .words import printable
+
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
 """What errors of torch and of the system say when there is no more."""
 
 
 class SD35Error(Exception):
-    """Anything this package refuses to do, with a sentence that says why."""
+    """Anything this package refuses to do, with a sentence that says why: a line or several.
+
+    What a stranger's file or workflow put into a line can't begin another one.
+    """
+
+    def __init__(self, *lines: str):
+        super().__init__("\n".join(map(printable, lines)))
 
 
 class CheckpointError(SD35Error):

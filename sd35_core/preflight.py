@@ -13,6 +13,7 @@ from .errors import SettingError
 from .guidance import SkipLayers, parse_layers
 from .recipes import RECIPES
 from .sampling import STEPS_OF_TRAINING, acting_steps, sigmas
+from .words import printable
 
 STEPS = range(1, 10_001)
 """What a sampler takes."""
@@ -197,6 +198,9 @@ class Finding:
     severity: Severity
     rule: str
     text: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", printable(self.text))
 
     def __str__(self) -> str:
         return f"{self.severity}: {self.text}"

@@ -13,7 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "sd35_core"
 ALLOWED = {
     "__init__": set(),
-    "errors": set(),
+    "words": set(),
+    "whole_file": {"words"},
+    "limits": {"errors"},
+    "errors": {"words"},
     "latent": set(),
     "config": {"errors"},
     "guidance": {"errors"},

@@ -111,5 +111,5 @@ def test_a_folder_gives_hints(kind: str, folder: Path) -> None:
             Image.new("L", (64, 64), 120).save(path.with_suffix(".depth.png"))
     (group,) = read_folder(folder, [(32, 32)], TinyAutoencoder(), words_as_tokens, kind)
     assert group["hints"].shape == group["latents"].shape == (8, 16, 4, 4)
-    same = torch.equal(group["hints"], group["latents"])
+    same = torch.allclose(group["hints"].float(), group["latents"].float(), atol=2e-3)
     assert same == (kind == "blur"), "a picture of one colour, blurred, is itself"
