@@ -56,15 +56,15 @@ class SD35Check(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
         """Changes with what the workflow after this node says, which is no input of it."""
-        setups = preflight.static(preflight.running_graph(), cls.hidden.unique_id)
+        setups = preflight.static(preflight.running_prompt(), cls.hidden.unique_id)
         return hashed("\n".join(report(findings(setup)) for setup in setups))
 
     @classmethod
     def execute(
         cls, model: Any, positive: Any, negative: Any, latent: Any, strict: str, vae: Any = None
     ) -> io.NodeOutput:
-        node_id, graph = cls.hidden.unique_id, cls.hidden.prompt or {}
-        found = preflight.said(graph, node_id, model, positive, negative, latent, vae)
+        node_id, prompt = cls.hidden.unique_id, cls.hidden.prompt or {}
+        found = preflight.said(prompt, node_id, model, positive, negative, latent, vae)
         text = report(found)
         tell(text, node_id)
         if any(finding.severity in STOPS[strict] for finding in found):

@@ -9,6 +9,13 @@ from torch import Tensor
 
 from .errors import SettingError
 
+LARGEST_DEPTH = 200
+"""Beyond any model's blocks."""
+LONGEST_TEXT = 1000
+"""Characters of a list of layers."""
+NAMED = 5
+"""How many wrong layers are named."""
+
 
 @dataclass(frozen=True)
 class SkipLayers:
@@ -38,7 +45,14 @@ def parse_layers(text: str, depth: int | None = None) -> frozenset[int]:
 
     Raises SettingError for anything else, and for layers outside 0..depth-1 when depth is known.
     """
+    if len(text) > LONGEST_TEXT:
+        raise SettingError(
+            f"layers has {len(text):,} characters, and {LONGEST_TEXT:,} is the most. Write numbers "
+            "separated by commas, such as 7, 8, 9."
+        )
+    end = LARGEST_DEPTH if depth is None else depth
     layers: set[int] = set()
+    outside: set[int] = set()
     for part in filter(None, re.split(r"[,;\s]+", text)):
         span = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
         if span is None:
@@ -47,13 +61,12 @@ def parse_layers(text: str, depth: int | None = None) -> frozenset[int]:
                 "commas, such as 7, 8, 9."
             )
         first, last = int(span[1]), int(span[2] or span[1])
-        layers.update(range(first, last + 1))
-    outside = sorted(layer for layer in layers if depth is not None and layer >= depth)
+        layers.update(range(first, min(last + 1, end)))
+        outside.update(range(max(first, end), last + 1)[:NAMED])
     if outside:
-        raise SettingError(
-            f"layers is '{text}', but this model has layers 0 to {(depth or 0) - 1}; there is no "
-            f"layer {', '.join(map(str, outside))}."
-        )
+        has = f"this model has layers 0 to {end - 1}" if depth else f"no model has {end} layers"
+        missing = ", ".join(map(str, sorted(outside)[:NAMED]))
+        raise SettingError(f"layers is '{text}', but {has}; there is no layer {missing}.")
     return frozenset(layers)
 
 

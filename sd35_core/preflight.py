@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from .errors import SettingError
 from .guidance import SkipLayers, parse_layers
 from .recipes import RECIPES
-from .sampling import STEPS_OF_TRAINING, acting_steps, sigmas
+from .sampling import LEAST_SHIFT, MOST_SHIFT, STEPS_OF_TRAINING, acting_steps, sigmas
 from .words import printable
 
 STEPS = range(1, 10_001)
@@ -168,11 +169,13 @@ class Setup:
     def nano(self) -> bool:
         return self.model is not None and self.model.recipe == "sd35_nano"
 
-    @property
+    @cached_property
     def levels(self) -> list[float] | None:
         """The noise level of each step, where they can be known."""
         s, shift = self.sampling, self.sampling.shift or 3.0
         if s.steps is None or not isinstance(s.schedule, str) or s.steps not in STEPS:
+            return None
+        if not LEAST_SHIFT <= shift <= MOST_SHIFT:
             return None
         if s.schedule in _FOREIGN_SCHEDULES and s.steps > 1:
             lowest = shift / (STEPS_OF_TRAINING - 1 + shift)

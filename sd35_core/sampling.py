@@ -16,6 +16,10 @@ from torch import Tensor
 from .errors import SettingError
 
 STEPS_OF_TRAINING = 1000
+MOST_STEPS = 1_000_000
+"""Of a whole schedule, of which denoise may leave out a part."""
+LEAST_SHIFT, MOST_SHIFT = 1e-3, 1e3
+"""Beyond these fp32 tells no levels apart."""
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
@@ -32,8 +36,9 @@ def _normal(steps: int, shift: float) -> Tensor:
 
 def _simple(steps: int, shift: float) -> Tensor:
     """Equal steps in time on the training grid, shifted once."""
-    grid = [STEPS_OF_TRAINING - int(i * STEPS_OF_TRAINING / steps) for i in range(steps)]
-    return shifted(torch.tensor(grid, dtype=torch.float32) / STEPS_OF_TRAINING, shift)
+    i = torch.arange(steps, dtype=torch.float64)
+    grid = STEPS_OF_TRAINING - (i * STEPS_OF_TRAINING / steps).floor()
+    return shifted(grid.float() / STEPS_OF_TRAINING, shift)
 
 
 def _sgm_uniform(steps: int, shift: float) -> Tensor:
@@ -80,16 +85,25 @@ def sigmas(steps: int, shift: float, schedule: str = "normal", denoise: float = 
 
     With `denoise` below 1 the last `steps` steps of a schedule of steps / denoise are taken, as
     ComfyUI does it. `beta` may give fewer steps where two fall on the same level. Raises
-    SettingError for an unknown schedule, no steps, a shift or denoise out of range.
+    SettingError for an unknown schedule, and for steps, a shift or a denoise out of range.
     """
     if schedule not in SCHEDULES:
         raise SettingError(f"Unknown schedule '{schedule}'. Choose one of {', '.join(SCHEDULES)}.")
     if steps < 1:
         raise SettingError(f"steps is {steps}; at least 1 step is needed to make a picture.")
-    if not shift > 0:
-        raise SettingError(f"shift is {shift}; it must be above 0 (SD3.5 was made for 3.0).")
+    if not LEAST_SHIFT <= shift <= MOST_SHIFT:
+        raise SettingError(
+            f"shift is {shift}; it must be above 0, from {LEAST_SHIFT:g} to {MOST_SHIFT:g} (SD3.5 "
+            "was made for 3.0)."
+        )
     if not 0 < denoise <= 1:
         raise SettingError(f"denoise is {denoise}; it must be above 0 and at most 1.")
+    if not steps / denoise <= MOST_STEPS:
+        raise SettingError(
+            f"steps is {steps} and denoise {denoise:g}: that is the end of a schedule of "
+            f"{steps / denoise:.3g} steps, and {MOST_STEPS:,} is the most. Raise denoise, or take "
+            "fewer steps."
+        )
     total = steps if denoise > 0.9999 else int(steps / denoise)
     levels = SCHEDULES[schedule](total, shift)
     return torch.cat([levels, levels.new_zeros(1)])[-(steps + 1) :]

@@ -9,17 +9,33 @@ saves and what it exports for the API.
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .errors import SettingError
+from .graph import Budget, Graph, Link, TooLargeError, api_graph, parsed
 from .headers import control_in, matched_keys, model_in, model_named, vae_channels
+from .known_nodes import (
+    CACHES,
+    CHECK_OUTPUTS,
+    EMPTY_LATENTS,
+    IDLE,
+    IDLE_ON_STOCK,
+    LOADERS,
+    NO_FILE,
+    OTHER_PREDICTIONS,
+    OWN_NODES,
+    SAMPLERS,
+    SHIFTS,
+)
 from .preflight import (
     Control,
     Finding,
@@ -34,67 +50,18 @@ from .preflight import (
     report,
 )
 
-Graph = dict[str, dict[str, Any]]
-"""A prompt in the API's format: node id -> class_type and inputs."""
-Link = tuple[str, int]
 Find = Callable[[str, str], "Path | None"]
 """(folder, name) -> the file that a widget names."""
 
-IDLE = {
-    "FreeU": "FreeU",
-    "FreeU_V2": "FreeU V2",
-    "HyperTile": "HyperTile",
-    "TomePatchModel": "Tome Patch Model",
-    "PatchModelAddDownscale": "Kohya Deep Shrink (PatchModelAddDownscale)",
-    "HypernetworkLoader": "Hypernetwork Loader",
-    "DeepCacheModel": "DeepCache",
-}
-"""Nodes whose hooks only U-Nets have."""
-IDLE_ON_STOCK = {
-    "EasyCache": "EasyCache",
-    "PerturbedAttention": "Perturbed-Attention Guidance",
-    "PerturbedAttentionGuidance": "Perturbed-Attention Guidance",
-    "NAGuidance": "Normalized Attention Guidance",
-}
-"""Nodes that act on a model from SD3.5 Loader, not on one from ComfyUI's own loaders."""
-CACHES = {
-    "SD35StepCache": "SD3.5 Step Cache",
-    "EasyCache": "EasyCache",
-    "LazyCache": "LazyCache",
-    "ApplyFBCacheOnModel": "First Block Cache",
-}
-OTHER_PREDICTIONS = {
-    "ModelSamplingDiscrete",
-    "ModelSamplingContinuousEDM",
-    "ModelSamplingContinuousV",
-    "ModelSamplingStableCascade",
-    "ModelSamplingFlux",
-}
-SHIFTS = {"ModelSamplingSD3", "ModelSamplingAuraFlow"}
-OWN_NODES = {
-    "SkipLayerGuidance": "Skip Layer Guidance (SD3.5)",
-    "SD35StepCache": "SD3.5 Step Cache",
-    "SD35SkipLayerSweep": "SD3.5 Skip Layer Sweep",
-}
-LOADERS = {
-    "SD35Loader": ("model", ("checkpoints", "diffusion_models")),
-    "CheckpointLoaderSimple": ("ckpt_name", ("checkpoints",)),
-    "UNETLoader": ("unet_name", ("diffusion_models",)),
-    "UnetLoaderGGUF": ("unet_name", ("diffusion_models",)),
-}
-"""Class -> the widget that names the model, and where the file is."""
-SAMPLERS = {"SD35Sampler", "SD35SkipLayerSweep", "KSampler", "KSamplerAdvanced", "SamplerCustom",
-            "SamplerCustomAdvanced"}  # fmt: skip
-CHECK_OUTPUTS = ("model", "positive", "negative", "latent")
-"""Inputs of SD35Check that come out again, in this order."""
-EMPTY_LATENTS = {"EmptySD3LatentImage": 16, "EmptyLatentImage": 4}
-NO_FILE = {"none", "from model file"}
-LARGEST_NUMBER = 2.0**63
+MOST = 100
+"""Nodes of one kind before a sampler."""
+SECONDS, LARGEST_FILE = 60.0, 2**26
+"""What the command line takes, and bytes that it reads."""
 
 
-def setups(graph: Graph, find: Find) -> dict[str, Setup]:
+def setups(graph: Graph, find: Find, budget: Budget | None = None) -> dict[str, Setup]:
     """Sampler's node id -> what leads into it."""
-    reader = Reader(graph, find)
+    reader = Reader(graph, find, budget)
     return {key: reader.setup(key) for key, node in graph.items() if node["class_type"] in SAMPLERS}
 
 
@@ -103,34 +70,39 @@ def leading_to(graph: Graph, key: str | None) -> set[str]:
 
     A second sampler after the first is not counted.
     """
-    reader = Reader(graph, lambda folder, name: None)
-    samplers = [k for k, node in graph.items() if node["class_type"] in SAMPLERS]
     if key not in graph:
         return set()
-    found = {sampler for sampler in samplers if key in _upwards(graph, sampler)}
-    source = reader.link(key, "model")
-    return found or {s for s in samplers if source and reader.link(s, "model") == source}
-
-
-def _upwards(graph: Graph, sampler: str) -> set[str]:
-    """Everything that leads to a sampler without another one between."""
-    seen: set[str] = set()
-    waiting = [sampler]
+    followers: dict[str, list[str]] = {}
+    for name, node in graph.items():
+        for value in node["inputs"].values():
+            if isinstance(value, list):
+                followers.setdefault(str(value[0]), []).append(name)
+    found, seen, waiting = set(), {key}, [key]
     while waiting:
-        for value in graph[waiting.pop()]["inputs"].values():
-            source = str(value[0]) if isinstance(value, list) and len(value) == 2 else ""
-            if source in graph and source not in seen:
-                seen.add(source)
-                if graph[source]["class_type"] not in SAMPLERS:
-                    waiting.append(source)
-    return seen
+        for name in followers.get(waiting.pop(), ()):
+            if graph[name]["class_type"] in SAMPLERS:
+                found.add(name)
+            elif name not in seen:
+                seen.add(name)
+                waiting.append(name)
+    if found:
+        return found
+    reader = Reader(graph, lambda folder, name: None)
+    source = reader.link(key, "model")
+    samplers = (k for k, node in graph.items() if node["class_type"] in SAMPLERS)
+    return {s for s in samplers if source and reader.link(s, "model") == source}
 
 
 class Reader:
-    """Walks up the links of a workflow; `find` finds the files that its widgets name."""
+    """Walks up the links of a workflow; `find` finds the files that its widgets name.
 
-    def __init__(self, graph: Graph, find: Find):
-        self.graph, self.find = graph, find
+    Raises TooLargeError when the budget is spent.
+    """
+
+    def __init__(self, graph: Graph, find: Find, budget: Budget | None = None):
+        self.graph, self.find = graph, cache(find)
+        self.budget = budget or Budget()
+        self._latents: dict[Link, Latent | None] = {}
 
     def kind(self, key: str) -> str:
         return self.graph[key]["class_type"] if key in self.graph else ""
@@ -139,11 +111,10 @@ class Reader:
         """What is connected to an input, through nodes that only pass it on."""
         seen = set()
         value = self.graph[key]["inputs"].get(name)
-        while isinstance(value, list) and len(value) == 2 and str(value[0]) in self.graph:
+        while isinstance(value, list) and str(value[0]) in self.graph:
+            self.budget.spend()
             source, slot = str(value[0]), value[1]
-            if not isinstance(slot, int):
-                return None
-            if self.kind(source) == "SD35Check" and slot < len(CHECK_OUTPUTS):
+            if self.kind(source) == "SD35Check" and 0 <= slot < len(CHECK_OUTPUTS):
                 passed = CHECK_OUTPUTS[slot]
             elif self.kind(source) in ("Reroute", "ReroutePrimitive"):
                 passed = next(iter(self.graph[source]["inputs"]), "")
@@ -167,10 +138,9 @@ class Reader:
         return None
 
     def number(self, key: str, *names: str) -> float | None:
-        """A widget's number; None for what no widget can hold."""
+        """A widget's number."""
         value = self.value(key, *names)
-        usable = isinstance(value, (int, float)) and abs(value) <= LARGEST_NUMBER
-        return float(value) if usable else None
+        return float(value) if isinstance(value, (int, float)) else None
 
     def whole(self, key: str, name: str) -> int | None:
         number = self.number(key, name)
@@ -206,13 +176,13 @@ class Reader:
             negative=negative,
             same_prompts=wanted == unwanted is not None,
             sampling=sampling,
-            skips=tuple(self.skips(chain)),
+            skips=few("Skip Layer Guidances", self.skips(chain))[::-1],
             controls=tuple(
                 replace(self.control(key), on_both=key in also_controlled or negative is None)
-                for key in controlled
+                for key in few("ControlNets", controlled)
             ),
             latent=self.latent(self.link(sampler, "latent") or self.link(sampler, "latent_image")),
-            loras=tuple(self.loras(chain, model)),
+            loras=few("LoRAs", self.loras(chain, model)),
             vae_channels=self.vae(sampler),
             idle=tuple(idle[kind] for kind in kinds if kind in idle),
             caches=tuple(CACHES[kind] for kind in kinds if kind in CACHES),
@@ -268,8 +238,12 @@ class Reader:
         return 3.0
 
     def skips(self, chain: list[str]) -> Iterator[Skip]:
-        for place, key in enumerate(chain):
+        """From the loader on; `frozen` is the shift that a node finds before it."""
+        frozen = 3.0
+        for key in reversed(chain):
             kind = self.kind(key)
+            if kind in SHIFTS:
+                frozen = self.number(key, "shift") or 3.0
             stock = kind in ("SkipLayerGuidanceDiT", "SkipLayerGuidanceSD3")
             if kind != "SkipLayerGuidance" and not stock:
                 continue
@@ -281,7 +255,6 @@ class Reader:
             if not isinstance(layers, str) or None in numbers:
                 continue
             scale, start, end = (number or 0.0 for number in numbers)
-            frozen = self.shift_before(chain[place + 1 :])
             yield Skip(layers, scale, start, end, stock=stock, frozen_shift=frozen)
 
     def prompt(self, link: Link | None) -> tuple[Prompt | None, list[str]]:
@@ -289,6 +262,7 @@ class Reader:
         controlled: list[str] = []
         zero, seen = False, set()
         while link is not None and link not in seen:
+            self.budget.spend()
             seen.add(link)
             key, slot = link
             inputs = self.graph[key]["inputs"]
@@ -318,11 +292,23 @@ class Reader:
             vae=self.vae_of(key) != 0,
         )
 
-    def latent(self, link: Link | None, seen: frozenset[Link] = frozenset()) -> Latent | None:
+    def latent(self, link: Link | None) -> Latent | None:
         """Where the latent comes from; None where that can't be told."""
-        if link is None or link in seen:
-            return None
-        key, kind = link[0], self.kind(link[0])
+        names = ("samples", "latent", "latent_image")
+        way: dict[Link, None] = {}
+        while link is not None and link not in self._latents and link not in way:
+            self.budget.spend()
+            way[link] = None
+            key = link[0]
+            link = next((found for name in names if (found := self.link(key, name))), None)
+        found = None if link is None else self._latents.get(link)
+        for link in reversed(way):
+            found = self._latents[link] = self._latent_from(link[0], found)
+        return found
+
+    def _latent_from(self, key: str, before: Latent | None) -> Latent | None:
+        """What a node makes of the latent before it."""
+        kind = self.kind(key)
         width, height = (self.whole(key, side) for side in ("width", "height"))
         if kind in EMPTY_LATENTS:
             batch = self.whole(key, "batch_size") or 1
@@ -331,18 +317,15 @@ class Reader:
             return Latent(empty=False)
         if kind in ("VAEEncodeForInpaint", "InpaintModelConditioning"):
             return Latent(empty=False, masked=True)
-        names = ("samples", "latent", "latent_image")
-        before = next((found for name in names if (found := self.link(key, name))), None)
-        found = self.latent(before, seen | {link})
-        if found is None:
+        if before is None:
             return Latent(empty=False) if kind in SAMPLERS else None
         if kind == "SetLatentNoiseMask":
-            return replace(found, masked=True)
+            return replace(before, masked=True)
         if kind in SAMPLERS:
-            return replace(found, empty=False, channels=16)
+            return replace(before, empty=False, channels=16)
         if kind == "LatentUpscale":
-            return replace(found, width=width, height=height)
-        return replace(found, width=None, height=None, batch=None, empty=None)
+            return replace(before, width=width, height=height)
+        return replace(before, width=None, height=None, batch=None, empty=None)
 
     def loras(self, chain: list[str], model: Model | None) -> Iterator[Lora]:
         for key in chain:
@@ -358,12 +341,19 @@ class Reader:
         """The channels of the VAE that decodes what a sampler gives."""
         if "vae" in self.graph[sampler]["inputs"]:
             return self.vae_of(sampler)
+        decoder = self._decoders.get(sampler)
+        return None if decoder is None else self.vae_of(decoder)
+
+    @cached_property
+    def _decoders(self) -> dict[str, str]:
+        """Sampler -> the first node that decodes what it gives."""
+        found: dict[str, str] = {}
         for key, node in self.graph.items():
             if node["class_type"].startswith("VAEDecode"):
                 samples = self.link(key, "samples")
-                if samples and samples[0] == sampler:
-                    return self.vae_of(key)
-        return None
+                if samples:
+                    found.setdefault(samples[0], key)
+        return found
 
     def vae_of(self, key: str) -> int | None:
         """0 for none at all, None where it can't be told."""
@@ -377,103 +367,21 @@ class Reader:
         return vae_channels(path) if path else None
 
 
+def few(what: str, found: Iterable[Any]) -> tuple[Any, ...]:
+    """All of them. Raises TooLargeError when one sampler has more than MOST."""
+    first = tuple(islice(found, MOST + 1))
+    if len(first) > MOST:
+        raise TooLargeError(
+            f"The workflow is too large to check: a sampler has more than {MOST} {what}. It can be "
+            "queued all the same."
+        )
+    return first
+
+
 def about_tokens(text: str) -> int:
     """How many tokens T5 makes of a text, about: a piece is six letters at most."""
     pieces = re.findall(r"\w+|[^\w\s]", text)
     return 1 + sum(-(-len(piece) // 6) for piece in pieces)
-
-
-def api_graph(workflow: dict[str, Any]) -> Graph:
-    """The API's form of a workflow in either format.
-
-    Raises SettingError for something else, and for a canvas file that does not name its widgets.
-    """
-    if "nodes" in workflow and "links" in workflow:
-        try:
-            return _from_canvas(workflow)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise SettingError(
-                f"The workflow's nodes or links are damaged ({error!r}). Open it in ComfyUI and "
-                "save it again."
-            ) from error
-    graph = workflow.get("prompt", workflow)
-    if (
-        not isinstance(graph, dict)
-        or not graph
-        or not all(
-            isinstance(node, dict)
-            and isinstance(node.get("class_type"), str)
-            and isinstance(node.get("inputs"), dict)
-            for node in graph.values()
-        )
-    ):
-        raise SettingError(
-            "This is no ComfyUI workflow: neither the canvas' format (nodes, links) nor the API's "
-            "(class_type, inputs). Save one in ComfyUI with Workflow > Save or > Export (API)."
-        )
-    return graph
-
-
-SEED_MODES = {"fixed", "increment", "decrement", "randomize"}
-MUTED, BYPASSED = 2, 4
-
-
-def _from_canvas(workflow: dict[str, Any]) -> Graph:
-    if workflow.get("definitions", {}).get("subgraphs"):
-        raise SettingError(
-            "The workflow has subgraphs, which can't be read in this format. Export it with "
-            "Workflow > Export (API) and check that file."
-        )
-    links = {link[0]: link for link in workflow["links"] if isinstance(link, list)}
-    nodes = {str(node["id"]): node for node in workflow["nodes"]}
-    graph: Graph = {}
-    for key, node in nodes.items():
-        if node.get("mode") in (MUTED, BYPASSED):
-            continue
-        inputs: dict[str, Any] = {}
-        values = node.get("widgets_values") or []
-        if isinstance(values, dict):
-            inputs.update(values)
-            values = []
-        rest = iter(values)
-        for slot in node.get("inputs", ()):
-            name = slot["name"]
-            if "widget" in slot:
-                value = next(rest, None)
-                if isinstance(value, str) and value in SEED_MODES:
-                    value = next(rest, None)
-                inputs[name] = value
-            if slot.get("link") is not None:
-                source = _source(links, nodes, slot["link"])
-                if source is not None:
-                    inputs[name] = list(source)
-        named = any("widget" in slot for slot in node.get("inputs", ()))
-        if values and not named and node["type"] in SAMPLERS | LOADERS.keys():
-            raise SettingError(
-                f"The workflow's {node['type']} does not name its widgets: it was saved by an "
-                "old ComfyUI. Open it in a newer one and save it again."
-            )
-        graph[key] = {"class_type": str(node["type"]), "inputs": inputs}
-    return graph
-
-
-def _source(links: dict[Any, Any], nodes: dict[str, Any], number: Any) -> Link | None:
-    """Where a link comes from, through bypassed nodes."""
-    for _ in range(len(nodes) + 1):
-        link = links.get(number)
-        if link is None or str(link[1]) not in nodes:
-            return None
-        node, slot, kind = nodes[str(link[1])], link[2], link[5]
-        if node.get("mode") == MUTED:
-            return None
-        if node.get("mode") != BYPASSED:
-            return str(link[1]), slot
-        passed = [i for i in node.get("inputs", ()) if i.get("type") == kind]
-        passed = [i.get("link") for i in passed if i.get("link") is not None]
-        if not passed:
-            return None
-        number = passed[min(slot, len(passed) - 1)]
-    return None
 
 
 def files_under(folder: Path | None) -> Find:
@@ -493,9 +401,14 @@ def files_under(folder: Path | None) -> Find:
     return find
 
 
-def check(workflow: dict[str, Any], find: Find) -> dict[str, list[Finding]]:
-    """Sampler's node id -> what there is to say. Raises SettingError for no workflow."""
-    return {key: findings(setup) for key, setup in setups(api_graph(workflow), find).items()}
+def check(
+    workflow: dict[str, Any], find: Find, seconds: float = math.inf
+) -> dict[str, list[Finding]]:
+    """Sampler's node id -> what there is to say. Raises SettingError for no workflow, and for one
+    that takes more than so many seconds."""
+    budget = Budget(seconds)
+    found = setups(api_graph(workflow, budget), find, budget)
+    return {key: findings(setup) for key, setup in found.items()}
 
 
 def main(arguments: list[str]) -> int:
@@ -507,9 +420,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--strict", action="store_true", help="warnings fail too")
     options = parser.parse_args(arguments)
     try:
-        workflow = json.loads(options.file.read_text(encoding="utf-8"))
-        found = check(workflow if isinstance(workflow, dict) else {}, files_under(options.models))
-    except (OSError, ValueError, RecursionError, SettingError) as error:
+        with options.file.open("rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+        if len(data) > LARGEST_FILE:
+            raise TooLargeError(f"It is larger than {LARGEST_FILE / 1e6:.0f} MB: no workflow is.")
+        found = check(parsed(data), files_under(options.models), SECONDS)
+    except (OSError, SettingError) as error:
         sys.stderr.write(f"{options.file}: {error}\n")
         return 2
     if not found:

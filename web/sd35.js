@@ -6,7 +6,7 @@
 import { api } from "/scripts/api.js";
 import { app } from "/scripts/app.js";
 import { element } from "./lib/dom.js";
-import { layersPanel, samplerPanel } from "./lib/panels.js";
+import { layersPanel, refusedPanel, samplerPanel } from "./lib/panels.js";
 
 const HEIGHTS = { SD35Sampler: 220, SkipLayerGuidance: 122 };
 const WATCHED = [
@@ -70,7 +70,19 @@ async function ask() {
         headers: { "Content-Type": "application/json" },
         body,
     });
-    if (answer.ok && body === last) show(await answer.json());
+    const plan = await answer.json();
+    if (body !== last) return;
+    if (answer.ok) show(plan);
+    else refuse(plan.error);
+}
+
+// What a person chose belongs to the answer that did not come; nothing is filled in later.
+function refuse(words) {
+    chosenModel = null;
+    for (const entry of shown) {
+        entry.state = { refused: words };
+        draw(entry);
+    }
 }
 
 function show(plan) {
@@ -95,13 +107,16 @@ function draw(entry) {
     const text = JSON.stringify(state);
     if (text === entry.drawn) return;
     entry.drawn = text;
-    const parts = state.levels
-        ? samplerPanel(state, recipes, {
-              choose: (key) => apply(node, state, key),
-              restore: () => apply(node, state, state.recipe),
-          })
-        : layersPanel(state, { set: (layers) => write(node, { layers }) });
-    panel.replaceChildren(...parts);
+    panel.replaceChildren(...parts(node, state));
+}
+
+function parts(node, state) {
+    if (state.refused) return refusedPanel(state);
+    if (!state.levels) return layersPanel(state, { set: (layers) => write(node, { layers }) });
+    return samplerPanel(state, recipes, {
+        choose: (key) => apply(node, state, key),
+        restore: () => apply(node, state, state.recipe),
+    });
 }
 
 function watch(node) {

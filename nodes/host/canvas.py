@@ -1,27 +1,31 @@
-"""What the canvas draws on this pack's nodes: answers to the workflow that is open there.
-
-The page asks with the canvas' own JSON; all arithmetic and all words are here.
-"""
+"""The pack's two routes on the host's server, for the panels on the canvas."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 
 from aiohttp import web
 from server import PromptServer
 
-from ...sd35_core.errors import SD35Error, SettingError
-from ...sd35_core.guidance import SkipLayers, parse_layers
-from ...sd35_core.preflight import Setup, findings
-from ...sd35_core.recipes import LAYER_PRESETS, RECIPES, Recipe, layers_text
-from ...sd35_core.workflow import Reader, api_graph
+from ...sd35_core.errors import SettingError, is_out_of_memory
+from ...sd35_core.graph import TooLargeError
+from ...sd35_core.panels import answer, recipe_values
+from ...sd35_core.recipes import RECIPES
 from .preflight import find
 
 ROUTE = "/sd35"
-SAMPLER, SKIP, LOADER = "SD35Sampler", "SkipLayerGuidance", "SD35Loader"
-CHOSEN = "sd35_recipe"
-"""The property of a sampler on the canvas that keeps its recipe."""
+LARGEST_BODY = 2_000_000
+"""Bytes of a workflow; one of 300 nodes has a tenth of that."""
+BODY_SECONDS = 10
+SECONDS = 0.5
+"""Of a processor, for one answer."""
+TOO_LONG = (
+    f"The workflow is too large to check: more than {LARGEST_BODY / 1e6:g} MB. It can be queued "
+    "all the same."
+)
+WAITING = 32
+"""Questions at once; those that come then are refused."""
 
 
 def serve() -> None:
@@ -29,124 +33,60 @@ def serve() -> None:
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
+    recipes = {key: recipe_values(recipe) for key, recipe in RECIPES.items()}
+    plans = Plans()
+
+    async def answer_recipes(request: web.Request) -> web.Response:
+        return web.json_response(recipes)
+
     server.routes.get(f"{ROUTE}/recipes")(answer_recipes)
-    server.routes.post(f"{ROUTE}/plan")(answer_plan)
+    server.routes.post(f"{ROUTE}/plan")(plans.answer)
 
 
-async def answer_recipes(request: web.Request) -> web.Response:
-    return web.json_response({key: recipe_values(recipe) for key, recipe in RECIPES.items()})
+class Plans:
+    """Answers to workflows, one after the other in a thread of their own: the server goes on."""
 
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1, "sd35-plan")
+        self.waiting = 0
 
-async def answer_plan(request: web.Request) -> web.Response:
-    try:
-        workflow = await request.json()
-        if not isinstance(workflow, dict):
-            raise SettingError("This is no workflow.")
-        return web.json_response(plan(workflow))
-    except (ValueError, RecursionError, SD35Error) as error:
-        return web.json_response({"error": str(error)}, status=400)
-
-
-def recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as widgets: those of the sampler, and those of Skip Layer Guidance."""
-    values = asdict(recipe)
-    name, skip = values.pop("name"), recipe.skip_layers
-    del values["skip_layers"]
-    widgets = {"scale": 0.0} if skip is None else skip_values(skip)
-    return {"name": name, "sampler": values, "skip": widgets}
-
-
-def skip_values(skip: SkipLayers) -> dict[str, Any]:
-    window = {"scale": skip.scale, "start": skip.start, "end": skip.end}
-    return {"layers": layers_text(skip.layers), **window}
-
-
-def plan(workflow: dict[str, Any]) -> dict[str, Any]:
-    """Node id -> what to draw on it."""
-    graph = api_graph(workflow)
-    reader = Reader(graph, find)
-    chosen = {
-        str(node.get("id")): properties.get(CHOSEN)
-        for node in workflow.get("nodes", ())
-        if isinstance(node, dict) and isinstance(properties := node.get("properties"), dict)
-    }
-    found: dict[str, Any] = {}
-    for key, node in graph.items():
-        if node["class_type"] == SAMPLER:
-            found[key] = sampler_panel(reader, key, chosen.get(key))
-        elif node["class_type"] == SKIP:
-            found[key] = skip_panel(reader, key)
-    return found
-
-
-def sampler_panel(reader: Reader, key: str, chosen: str | None) -> dict[str, Any]:
-    """The curve with its windows, the recipe and what differs from it, and what to say."""
-    setup = reader.setup(key)
-    chain = list(reader.chain(key, "model", "model1"))
-    skips = [k for k in chain if reader.kind(k) == SKIP]
-    likely = likely_recipe(setup)
-    recipe = chosen if isinstance(chosen, str) and chosen in RECIPES else likely
-    return {
-        "recipe": recipe,
-        "model_recipe": likely,
-        "loader": next((k for k in chain if reader.kind(k) == LOADER), None),
-        "skip_nodes": skips,
-        "changed": changed(reader, key, skips, recipe) if recipe else [],
-        "levels": setup.levels or [],
-        "bands": bands(setup),
-        "findings": [[finding.severity, finding.text] for finding in findings(setup)],
-    }
-
-
-def likely_recipe(setup: Setup) -> str | None:
-    """The recipe of what is connected: the model, and what steers it."""
-    recipe = setup.model.recipe if setup.model else None
-    if recipe == "sd3.5_medium" and any(skip.scale for skip in setup.skips):
-        return "sd3.5_medium_slg"
-    kinds = [control.control_type for control in setup.controls]
-    with_control = f"{recipe}_{kinds[0]}" if kinds else ""
-    return with_control if with_control in RECIPES else recipe
-
-
-def changed(reader: Reader, key: str, skips: list[str], recipe: str) -> list[list[Any]]:
-    """[node, widget, value, the recipe's] of each widget that differs."""
-    values = recipe_values(RECIPES[recipe])
-    wanted = [(key, name, value) for name, value in values["sampler"].items()]
-    wanted += [(node, name, value) for node in skips for name, value in values["skip"].items()]
-    seen = [(node, name, reader.value(node, name), value) for node, name, value in wanted]
-    return [list(entry) for entry in seen if entry[2] is not None and entry[2] != entry[3]]
-
-
-def bands(setup: Setup) -> list[dict[str, Any]]:
-    """For each guidance and ControlNet, the steps on which it acts."""
-    found = []
-    for skip in setup.skips:
-        if skip.stock:
-            continue
+    async def answer(self, request: web.Request) -> web.Response:
         try:
-            layers = parse_layers(skip.layers)
-        except SettingError:
-            continue
-        own = SkipLayers(layers, skip.scale, skip.start, skip.end)
-        acting = own.acting(len(setup.levels or []))
-        found.append({"kind": "skip", "name": "Skip Layer Guidance", "steps": acting})
-    for control in setup.controls:
-        if control.start is None or control.end is None:
-            continue
-        name = f"{control.control_type or ''} ControlNet".strip()
-        found.append({"kind": "control", "name": name, "steps": setup.controlled(control)})
-    return found
+            text = await self.text(await asyncio.wait_for(body_of(request), BODY_SECONDS))
+        except asyncio.TimeoutError:
+            return refused(f"The workflow did not arrive within {BODY_SECONDS} s.", 408)
+        except TooLargeError as error:
+            return refused(str(error), 413)
+        except SettingError as error:
+            return refused(str(error), 400)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return refused("There is no memory left to check the workflow with.", 503)
+        return web.Response(text=text, content_type="application/json")
+
+    async def text(self, body: bytes) -> str:
+        if self.waiting >= WAITING:
+            raise TooLargeError("Too many workflows wait to be checked. Try again.")
+        self.waiting += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.thread, answer, body, find, SECONDS)
+        finally:
+            self.waiting -= 1
 
 
-def skip_panel(reader: Reader, key: str) -> dict[str, Any]:
-    """The layers of the model before the node and which of them the text means."""
-    model = reader.model(list(reader.chain(key, "model", "model1")))
-    depth = model.depth if model else None
-    text = reader.value(key, "layers")
-    panel = {"depth": depth, "layers": [], "error": None}
-    panel["presets"] = LAYER_PRESETS.get((model.recipe if model else None) or "", [])
-    try:
-        panel["layers"] = sorted(parse_layers(text if isinstance(text, str) else "", depth))
-    except SettingError as error:
-        panel["error"] = str(error)
-    return panel
+async def body_of(request: web.Request) -> bytes:
+    """Raises TooLargeError beyond LARGEST_BODY."""
+    body = bytearray()
+    if (request.content_length or 0) > LARGEST_BODY:
+        raise TooLargeError(TOO_LONG)
+    async for piece in request.content.iter_any():
+        body += piece
+        if len(body) > LARGEST_BODY:
+            raise TooLargeError(TOO_LONG)
+    return bytes(body)
+
+
+def refused(words: str, status: int) -> web.Response:
+    return web.json_response({"error": words}, status=status)

@@ -15,11 +15,12 @@ from server import PromptServer
 from torch import Tensor
 
 from ...sd35_core.errors import CheckpointError
+from ...sd35_core.graph import Budget, api_graph
 from ...sd35_core.headers import model_of
 from ...sd35_core.latent import PIXELS
 from ...sd35_core.preflight import Control, Finding, Latent, Model, Prompt, Setup, Skip, findings
 from ...sd35_core.recipes import layers_text
-from ...sd35_core.workflow import Graph, leading_to, setups
+from ...sd35_core.workflow import leading_to, setups
 from . import files
 from .controlnet import SD35ControlNet
 from .guidance import SKIPS
@@ -32,12 +33,14 @@ HONOURED = {
     "patches_replace": {"dit", "attn1"},
 }
 """What our network calls of what other nodes hang on a model; the host's own calls "dit" alone."""
+SECONDS = 10.0
+"""For reading the workflow in a run."""
 LONG = 150
 """Words from which a prompt's T5 tokens are worth counting."""
 
 
-def running_graph() -> Graph:
-    """The prompt that the server is running; empty outside a run."""
+def running_prompt() -> dict[str, Any]:
+    """What the server is running, in the API's format; empty outside a run."""
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return {}
@@ -57,14 +60,21 @@ def find(folder: str, name: str) -> Path | None:
         return None
 
 
-def static(graph: Graph, node_id: str | None) -> list[Setup]:
-    """Set-ups of the samplers that a node leads to, as the workflow says."""
+def static(prompt: dict[str, Any], node_id: str | None) -> list[Setup]:
+    """Set-ups of the samplers that a node leads to, as the workflow says.
+
+    Raises TooLargeError for one that takes more than SECONDS.
+    """
+    if not prompt:
+        return []
+    budget = Budget(SECONDS)
+    graph = api_graph(prompt, budget)
     concerned = leading_to(graph, node_id)
-    return [setup for key, setup in setups(graph, find).items() if key in concerned]
+    return [setup for key, setup in setups(graph, find, budget).items() if key in concerned]
 
 
 def said(
-    graph: Graph,
+    prompt: dict[str, Any],
     node_id: str | None,
     model: Any,
     positive: Any,
@@ -74,7 +84,7 @@ def said(
 ) -> list[Finding]:
     """Everything there is to say about the samplers that a node leads to and what it got."""
     found: dict[Finding, None] = {}
-    for setup in static(graph, node_id) or [Setup()]:
+    for setup in static(prompt, node_id) or [Setup()]:
         seen = observed(setup, model, positive, negative, latent, vae)
         found.update(dict.fromkeys(findings(seen)))
     return list(found)

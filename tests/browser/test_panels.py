@@ -181,6 +181,29 @@ def test_a_layer_is_toggled_and_the_text_stays_the_truth(page: Any) -> None:
     shot(page, "layers")
 
 
+def test_a_workflow_that_is_too_large_says_so_on_the_panel_until_it_is_not(page: Any) -> None:
+    workflow = read(PACK / "workflows" / "text_to_image.json")
+    note = {"id": 99, "type": "Note", "pos": [0, 0], "size": [200, 100], "inputs": [],
+            "outputs": [], "widgets_values": ["x" * 2_100_000]}  # fmt: skip
+    opened(page, {**workflow, "nodes": [*workflow["nodes"], note], "last_node_id": 99})
+    words = page.locator(".sd35-panel .sd35-findings").first
+    assert "too large to check: more than 2 MB" in words.inner_text()
+    shot(page, "too_large")
+    page.evaluate("() => { app.graph.remove(app.graph.getNodeById(99)); }")
+    set_widget(page, SAMPLER, "steps", 27)
+    assert "27 steps" in panel(page, SAMPLER).locator(".sd35-legend").inner_text()
+
+
+def test_opening_a_hostile_number_harms_neither_page_nor_server(page: Any) -> None:
+    prompt = read(PACK / "workflows" / "api" / "text_to_image.json")
+    prompt["5"]["inputs"].update(denoise=1e-300, shift=-5.0)
+    with answered(page):
+        page.evaluate("async (p) => { await app.loadApiJson(p, 'hostile'); }", prompt)
+    set_widget(page, SAMPLER, "denoise", 1.0)
+    set_widget(page, SAMPLER, "shift", 1.0)
+    assert "28 steps" in panel(page, SAMPLER).locator(".sd35-legend").inner_text()
+
+
 def test_choosing_a_model_fills_the_sampler(page: Any) -> None:
     opened(page, read(PACK / "workflows" / "text_to_image.json"))
     set_widget(page, SAMPLER, "steps", 7)

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from sd35_core.errors import SettingError
+from sd35_core.graph import api_graph
 from sd35_core.preflight import Latent, Model, Prompt, Setup, findings
 from sd35_core.workflow import (
     about_tokens,
-    api_graph,
     check,
     files_under,
     leading_to,

@@ -57,6 +57,10 @@ function finding([severity, text]) {
     return element("div", { class: `sd35-${severity}`, title: text }, `${MARKS[severity]} ${text}`);
 }
 
+export function refusedPanel({ refused }) {
+    return [element("div", { class: "sd35-findings" }, finding(["warning", refused]))];
+}
+
 // on: {set(layers)}.
 export function layersPanel(state, on) {
     if (state.depth === null) {
