@@ -1,13 +1,14 @@
-"""Files that are whole or not there: written under another name first, then renamed."""
+"""Where pictures go: a folder or an object store, each file whole or not there."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from sd35_core import whole_file
 
 from .errors import AutomationError
 
@@ -32,6 +33,11 @@ class Place:
         else:
             write(Path(self.address) / name, data)
         return hashlib.sha256(data).hexdigest()
+
+    def sweep(self) -> None:
+        """Remove what killed batches left in a folder."""
+        if not self.remote:
+            whole_file.sweep(self.address)
 
     def has(self, name: str) -> bool:
         """Whether a file is there; of a remote place that is taken on trust, to ask costs time."""
@@ -58,41 +64,20 @@ def _write_remote(address: str, data: bytes) -> None:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file; one of that name is replaced. Raises AutomationError when the system refuses.
+    """Write a file; one of that name is replaced. Raises AutomationError."""
+    with _worded():
+        whole_file.write_whole(path, data, replace=True)
 
-    Killed, it leaves a file whose name ends in .partial, never half of one under `path`.
-    """
-    partial: str | None = None
+
+def write_new(path: Path, data: bytes) -> Path:
+    """Write a file, with a number where one of its name is; its path. Raises AutomationError."""
+    with _worded():
+        return whole_file.write_new(path, data)
+
+
+@contextmanager
+def _worded() -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(".partial", f".{path.name}.", path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_umask())
-        os.replace(partial, path)
-    except OSError as error:
-        if partial is not None:
-            with suppress(OSError):
-                os.unlink(partial)
-        raise AutomationError(
-            f"{path} could not be written ({len(data) / 1e6:.1f} MB): {error}. Make room on the "
-            "disk or choose another folder."
-        ) from error
-
-
-def free(path: Path) -> Path:
-    """The path, or with a number where a file of that name is already."""
-    number = 2
-    found = path
-    while found.exists():
-        found = path.with_stem(f"{path.stem}_{number}")
-        number += 1
-    return found
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+        yield
+    except whole_file.WriteError as error:
+        raise AutomationError(str(error)) from error

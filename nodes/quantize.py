@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..sd35_core.errors import SettingError
 from ..sd35_core.packing import FP8, INT8, RAW_FP8
-from ..sd35_core.quantization import Plan, quantize_file
+from ..sd35_core.quantization import Plan, output_path, quantize_file
 from .controlnet import SD35ControlNetApply
 from .host.calibration import calibration
 from .host.controlnet import SD35ControlNet, from_loader
@@ -149,14 +149,15 @@ class SD35Quantize(io.ComfyNode):
             moments = calibration(model, clip, lines, side, steps, attach)
         with enough_memory(f"quantizing '{path.name}'", "Make side smaller, or close programs."):
             out, report = quantize_file(path, plan, moments, progress())
-        score = shipped_score(path, out)
+        score = shipped_score(path, output_path(path, plan, report.calibrated).name)
         text = f"{report.text()}\n{score}Wrote {out}. Press R to see it in the loaders."
         tell(text, cls.hidden.unique_id)
         return io.NodeOutput(ui=ui.PreviewText(text))
 
 
-def shipped_score(path: Path, out: Path) -> str:
-    """What is known of the shipped model's pictures in the format of `out`; empty for others.
+def shipped_score(path: Path, name: str) -> str:
+    """What is known of the shipped model's pictures in the format of the file `name`; empty for
+    others.
 
     Figures of tools/nano/quantization_study.py: 500 captions, 10 steps of euler.
     """
@@ -166,11 +167,11 @@ def shipped_score(path: Path, out: Path) -> str:
     if hashlib.sha256(path.read_bytes()).hexdigest() != measured["sha256"]:
         return ""
     things = {f["file"]: f["score"]["all"]["thing"] for f in measured["formats"].values()}
-    if out.name not in things:
+    if name not in things:
         return ""
     return (
         f"Pictures that show the right thing, of 500 captions, as measured when this model was "
-        f"made: {things[path.name]:.1%} before, {things[out.name]:.1%} after.\n"
+        f"made: {things[path.name]:.1%} before, {things[name]:.1%} after.\n"
     )
 
 

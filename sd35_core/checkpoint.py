@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -21,8 +20,10 @@ from torch import Tensor, nn
 from .config import AXES, MMDiTXConfig, Shapes, config_from_shapes
 from .errors import CheckpointError, is_out_of_memory
 from .layers import Operations, joined_axes, split_axes
+from .limits import BLOCKS, HEADER, TENSORS, bounded, counted
 from .mmditx import MMDiTX
-from .packing import PackedOperations, check_packed, is_packed, is_vectors, packed_under
+from .packing import PackedOperations, is_packed, packed_layers
+from .whole_file import WriteError, sweep, write_whole
 
 StateDict = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
@@ -92,21 +93,24 @@ class TensorFile(Mapping[str, Tensor]):
     """The tensors of a safetensors file, each read when it is asked for.
 
     A tensor gets memory of its own, so the file can be replaced or deleted afterwards. Raises
-    CheckpointError, here or on reading, when the file is damaged or became another.
+    CheckpointError, here or on reading, when the file is damaged or became another, and for a
+    header beyond `limits`, before anything parses it.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        source = f"'{self.path.name}'"
         try:
-            with safe_open(self.path, framework="pt") as file:
-                self.metadata: dict[str, str] = file.metadata() or {}
             with self.path.open("rb") as file:
                 self.version = version_of(file)
-                length = int.from_bytes(file.read(8), "little")
+                length = bounded(HEADER, int.from_bytes(file.read(8), "little"), source)
+                with safe_open(self.path, framework="pt") as checked:
+                    self.metadata: dict[str, str] = checked.metadata() or {}
                 header = json.loads(file.read(length))
         except (SafetensorError, OSError, ValueError) as error:
             raise unreadable(self.path, error) from error
         header.pop("__metadata__", None)
+        bounded(TENSORS, len(header), source)
         self.entries: dict[str, dict[str, Any]] = header
         self.start = 8 + length
 
@@ -198,30 +202,30 @@ def unreadable(path: str | Path, error: Exception, kind: str = "safetensors") ->
     )
 
 
-def write_file(path: str | Path, tensors: StateDict, metadata: dict[str, Any]) -> None:
-    """Write a safetensors file under its final name only once it is whole.
+def write_file(
+    path: str | Path, tensors: StateDict, metadata: dict[str, Any], replace: bool = True
+) -> None:
+    """Write a safetensors file, whole or not at all; `replace`: where one of that name is.
 
     Raises CheckpointError when the system refuses; what was there before is then still there.
-    Killed, it leaves a file whose name ends in .partial, which the next writing replaces. (The
-    package's own writer leaves one of a random name, and takes others' right to read.)
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     text = {key: v if isinstance(v, str) else json.dumps(v) for key, v in metadata.items()}
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    sweep(Path(path).parent)
     try:
-        with partial.open("wb") as file:
-            for piece in _pieces(tensors, text):
-                file.write(piece)
-        partial.replace(path)
-    except OSError as error:
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        raise CheckpointError(
-            f"'{path}' could not be written ({size / 1e6:,.0f} MB): {error}. Make room on the disk "
-            "or choose another folder; an earlier file of that name is unharmed."
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+        write_whole(path, _pieces(tensors, text), replace=replace, size=size)
+    except WriteError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; none where no such file is."""
+    if not path.is_file():
+        return {}
+    try:
+        return TensorFile(path).metadata
+    except CheckpointError:
+        return {}
 
 
 def _pieces(tensors: StateDict, metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
@@ -301,9 +305,10 @@ def from_diffusers(state_dict: Mapping[str, Tensor], source: str = "this file") 
     """
     found: StateDict = {}
     blocks: dict[int, dict[str, Tensor]] = {}
+    last = counted(state_dict, "transformer_blocks", BLOCKS, source) - 1
     for key, tensor in state_dict.items():
         if key.startswith("transformer_blocks."):
-            block = re.fullmatch(r"transformer_blocks\.(\d{1,3})\.(.+\..+)", key)
+            block = re.fullmatch(r"transformer_blocks\.([0-9]+)\.(.+\..+)", key)
             if block is None:
                 raise _unknown_key(source, key)
             blocks.setdefault(int(block[1]), {})[block[2]] = tensor
@@ -313,30 +318,44 @@ def from_diffusers(state_dict: Mapping[str, Tensor], source: str = "this file") 
             raise _unknown_key(source, key)
         found[RENAMED[name] + (f".{suffix}" if suffix else "")] = tensor
     for index, tensors in blocks.items():
-        for key, tensor in _block_from_diffusers(tensors, source).items():
-            found[f"joint_blocks.{index}.{key}"] = tensor
-    last = f"joint_blocks.{max(blocks)}.context_block.adaLN_modulation.1"
-    for name in ("final_layer.adaLN_modulation.1", last):
+        found |= _block_from_diffusers(tensors, f"joint_blocks.{index}", source)
+    swapped = f"joint_blocks.{last}.context_block.adaLN_modulation.1"
+    for name in ("final_layer.adaLN_modulation.1", swapped):
         for key in (f"{name}.weight", f"{name}.bias"):
             if key in found:
-                scale, shift = found[key].chunk(2)
-                found[key] = torch.cat([shift, scale])
+                halves = found[key].chunk(2) if found[key].ndim else [found[key]]
+                found[key] = joined(halves[::-1], key, source)
     return found
 
 
-def _block_from_diffusers(tensors: dict[str, Tensor], source: str) -> StateDict:
+def _block_from_diffusers(tensors: dict[str, Tensor], block: str, source: str) -> StateDict:
     found: StateDict = {}
     for name, parts in JOINED_IN_BLOCK.items():
         for suffix in ("weight", "bias"):
-            keys = [f"{part}.{suffix}" for part in parts]
+            keys, key = [f"{part}.{suffix}" for part in parts], f"{block}.{name}.{suffix}"
             if all(key in tensors for key in keys):
-                found[f"{name}.{suffix}"] = torch.cat([tensors.pop(key) for key in keys])
+                found[key] = joined([tensors.pop(part) for part in keys], key, source)
     for key, tensor in tensors.items():
         name, suffix = key.rsplit(".", 1)
         if name not in RENAMED_IN_BLOCK:
             raise _unknown_key(source, f"transformer_blocks.*.{key}")
-        found[f"{RENAMED_IN_BLOCK[name]}.{suffix}"] = tensor
+        found[f"{block}.{RENAMED_IN_BLOCK[name]}.{suffix}"] = tensor
     return found
+
+
+def joined(parts: Sequence[Tensor], key: str, source: str) -> Tensor:
+    """The parts of the tensor `key`, (n, ...) each, one after another. Raises CheckpointError when
+    they don't fit together."""
+    try:
+        return torch.cat(list(parts))
+    except (RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        seen = " and ".join(f"{list(part.shape)} ({_named(part.dtype)})" for part in parts)
+        raise CheckpointError(
+            f"{source}: '{key}' can't be put together from parts of shape {seen}. The file is "
+            "damaged or mixes two models; download the original."
+        ) from error
 
 
 def _unknown_key(source: str, key: str) -> CheckpointError:
@@ -347,6 +366,7 @@ def _unknown_key(source: str, key: str) -> CheckpointError:
 
 
 def shapes_of(state_dict: Mapping[str, Tensor]) -> Shapes:
+    """Of a file without reading its tensors."""
     if isinstance(state_dict, (TensorFile, Part)):
         return {key: state_dict.shape(key) for key in state_dict}
     return {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
@@ -366,39 +386,56 @@ def checked_config(state_dict: Mapping[str, Tensor], source: str = "this file") 
 def check_tensors(
     state_dict: Mapping[str, Tensor], expected: Shapes, what: str, source: str
 ) -> None:
-    """Raise CheckpointError unless every expected tensor is there, of its shape, and finite.
+    """Raise CheckpointError unless every expected tensor is there, of its shape, and of finite
+    numbers.
 
-    Quantization's own entries beside a weight are left to who loads them.
+    Of a packed layer's entries it is only checked that the layer is one whose weight is a matrix:
+    the rest is left to the layer that loads them. Each tensor is read once.
     """
-    packed = {k.rsplit(".", 1)[0] for k in state_dict if k.endswith(QUANTIZATION_SUFFIXES)}
-    missing = sorted(expected.keys() - state_dict.keys())
+    shapes = shapes_of(state_dict)
+    missing = sorted(expected.keys() - shapes.keys())
     if missing:
         raise CheckpointError(
             f"{source} lacks {len(missing)} of {len(expected)} tensors, '{missing[0]}' among "
             "them. The file is incomplete; download it again."
         )
-    for key, shape in expected.items():
-        seen = tuple(state_dict[key].shape)
-        if seen != shape and key.rsplit(".", 1)[0] not in packed:
+    packed = {f"{layer}.weight" for layer in packed_layers(shapes)}
+    for key in sorted(packed):
+        if len(expected.get(key, ())) != 2:
             raise CheckpointError(
-                f"{source}: '{key}' has shape {list(seen)}, expected {list(shape)} in a "
+                f"{source} says that '{key}' is packed, which a {what} "
+                f"{'can not have packed' if key in expected else 'does not have'}. The file is "
+                "damaged or of another model; quantize the original again."
+            )
+    for key, shape in expected.items():
+        if shapes[key] != shape and key not in packed:
+            raise CheckpointError(
+                f"{source}: '{key}' has shape {list(shapes[key])}, expected {list(shape)} in a "
                 f"{what}. The file mixes two models or is damaged; use the original."
             )
-    for layer in packed:
-        entries = packed_under(state_dict, f"{layer}.")
-        if entries and is_vectors(entries):
-            check_packed(entries, expected[f"{layer}.weight"], layer)
     for key in expected:
-        if not _finite(state_dict[key]):
+        if key in packed:
+            continue
+        tensor = state_dict[key]
+        if not tensor.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{source}: '{key}' holds {_named(tensor.dtype)} numbers, expected floating-point "
+                "ones. The file was converted wrongly; download the original."
+            )
+        if not _finite(tensor):
             raise CheckpointError(
                 f"{source}: '{key}' holds NaN or infinite values, so every picture would be "
                 "black. The file is damaged or was converted wrongly; download the original."
             )
 
 
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _finite(tensor: Tensor) -> bool:
     """Whether all values are finite, in one pass without a copy; 8-bit formats pass."""
-    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1 or tensor.numel() == 0:
+    if tensor.dtype.itemsize == 1 or tensor.numel() == 0:
         return True
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
@@ -437,9 +474,12 @@ def operations_for(tensors: Mapping[str, Tensor]) -> Operations:
 
 
 def with_weights(model: Module, tensors: StateDict, dtype: Any) -> Module:
-    """A model made on "meta", with its checked tensors, not for training."""
+    """A model made on "meta", with its checked tensors, not for training.
+
+    What else lies beside a packed weight, as the scales of its inputs, is not used here.
+    """
     wanted = weights_for(model.state_dict(), tensors, dtype)
-    model.load_state_dict(wanted, assign=True)
+    model.load_state_dict(wanted, strict=False, assign=True)
     return model.requires_grad_(False).eval()
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from .checkpoint import (
     checked_config,
     diffusion_model,
     is_controlnet,
+    metadata_of,
     shapes_of,
     with_axes,
     write_file,
@@ -42,6 +44,7 @@ from .errors import SD35Error, SettingError
 from .packing import FP8, INT8, RAW_FP8, VERSION, VQ2, is_packed, pack, unpack
 from .pipeline import Pipeline, Settings
 from .text_encoder import tokenizer
+from .whole_file import free_name
 
 log = logging.getLogger("sd35")
 
@@ -64,6 +67,8 @@ EIGHT_AT_LEAST = {
 
 EIGHT = {INT8: "int8", FP8: "fp8", RAW_FP8: "rawfp8"}
 """The 8-bit formats, and what a file in each is called."""
+WRITTEN = "sd35_quantization"
+"""The key of the metadata of files that this writes."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,8 @@ class Report:
     layers: list[Layer]
     before: int
     after: int
+    note: str = ""
+    """Why the file has another name than it would have."""
 
     def text(self, most: int = 5) -> str:
         """For people: the whole, each kind of layer, and the layers with the largest errors."""
@@ -137,6 +144,7 @@ class Report:
         lines.append(
             "Largest: " + ", ".join(f"{layer.name} {layer.error:.4f}" for layer in worst) + "."
         )
+        lines += [self.note] if self.note else []
         return "\n".join(lines)
 
 
@@ -219,6 +227,20 @@ def output_path(path: Path, plan: Plan, calibrated: bool) -> Path:
     return path.with_name(f"{path.stem}_{words}.safetensors")
 
 
+def is_another(path: Path) -> bool:
+    """Whether something is there that this did not write, so that it may not be replaced."""
+    return os.path.lexists(path) and WRITTEN not in metadata_of(path)
+
+
+def check_name(out: Path) -> None:
+    """Raise SettingError where a file may not have the name that was asked for."""
+    if is_another(out):
+        raise SettingError(
+            f"'{out}' is there already and was not written by SD3.5 Quantize. Choose another name, "
+            "or move that file away."
+        )
+
+
 def quantize_file(
     path: Path,
     plan: Plan,
@@ -228,9 +250,16 @@ def quantize_file(
 ) -> tuple[Path, Report]:
     """Quantize the diffusion model or the ControlNet in a file and write it, as one whole.
 
-    What else the file holds (text encoders, VAE) is written as it is. Raises CheckpointError or
-    SettingError; the original and an older file of the same name are then as they were.
+    What else the file holds (text encoders, VAE) is written as it is. A file of that name is
+    replaced if this wrote it; otherwise the new one has a number, or is refused where `out` says
+    its name. Raises CheckpointError or SettingError; the original and an older file of the same
+    name are then as they were.
     """
+    if out is not None:
+        check_name(out)
+    wanted = out or output_path(path, plan, moments is not None)
+    out = free_name(wanted, is_another)
+    free = not os.path.lexists(out)
     file, source = TensorFile(path), f"'{path.name}'"
     prefix = next((p for p in PREFIXES if p + MARK in file), "")
     if is_controlnet(file):
@@ -244,8 +273,10 @@ def quantize_file(
     whole = {prefix + key: tensor for key, tensor in packed.items()}
     whole |= {key: file[key] for key in others}
     about = {**asdict(plan), "calibrated": report.calibrated, "version": VERSION}
-    out = out or output_path(path, plan, report.calibrated)
-    write_file(out, whole, {**file.metadata, "sd35_quantization": about})
+    write_file(out, whole, {**file.metadata, WRITTEN: about}, replace=not free)
+    if out != wanted:
+        note = f"'{wanted.name}' is there already and was not written by SD3.5 Quantize; wrote"
+        report = replace(report, note=f"{note} '{out.name}'.")
     return out, report
 
 
@@ -271,6 +302,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         plan = Plan(options.bits, options.eight, options.modulation_bits)
+        if options.out is not None:
+            check_name(options.out)
         moments = None
         if options.prompts is not None:
             if options.tokenizer is None:

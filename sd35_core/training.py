@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import fill, load, read_file, under, write_file
+from .checkpoint import fill, load, metadata_of, read_file, under, write_file
 from .config import MMDiTXConfig
 from .controlnet import CONTROL_TYPES, ControlNetConfig, ControlNetEmbedder
 from .dataset import Examples, Size, read_folder
@@ -35,10 +36,13 @@ from .mmditx import MMDiTX
 from .pipeline import Pipeline, Settings, load_encoders, load_vae
 from .sampling import shifted
 from .text_encoder import ClipTextModel, clip_g, clip_l, joined, tokenizer
+from .whole_file import sweep, write_picture
 
 log = logging.getLogger("sd35")
 
 TO_BE_TRAINED = "what is to be trained"
+STATE, MODEL, SAMPLES = "state.safetensors", "model.safetensors", "samples"
+"""What is in a run's folder."""
 
 
 @dataclass(frozen=True)
@@ -334,6 +338,7 @@ class Run:
     """
 
     def __init__(self, config: TrainingConfig):
+        check_output(Path(config.output))
         encoders = load_encoders(Path(config.text_encoders)) if config.text_encoders else {}
         sizes = {name: encoder.config.size for name, encoder in encoders.items()}
         self.config = config = replace(config, **sizes)
@@ -388,7 +393,7 @@ class Run:
 
     @property
     def state_file(self) -> Path:
-        return Path(self.config.output) / "state.safetensors"
+        return Path(self.config.output) / STATE
 
     def rate(self) -> float:
         """Warm-up, then constant or a cosine down to a twentieth."""
@@ -473,7 +478,6 @@ class Run:
             for key in ("exp_avg", "exp_avg_sq"):
                 if parameter in self.optimiser.state:
                     tensors[f"{key}.{name}"] = self.optimiser.state[parameter][key]
-        self.state_file.parent.mkdir(parents=True, exist_ok=True)
         write_file(self.state_file, tensors, {"step": self.step, "config": asdict(self.config)})
 
     def resume(self) -> None:
@@ -515,9 +519,8 @@ class Run:
         )
         height, width = (8 * side for side in self.groups[0]["latents"].shape[2:])
         drawn = pipeline.draw(captions, list(range(len(captions))), Settings(size=(width, height)))
-        file = Path(self.config.output) / "samples" / f"{self.step:06}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(torch.cat(drawn, dim=1).numpy()).save(file)
+        file = Path(self.config.output) / SAMPLES / f"{self.step:06}.png"
+        write_picture(file, Image.fromarray(torch.cat(drawn, dim=1).numpy()), replace=True)
 
     def write_model(self, path: Path) -> None:
         """The moving average in fp16: a single-file SD3.5 checkpoint, with the VAE if known, or
@@ -557,6 +560,7 @@ class Run:
         from tqdm import tqdm
 
         config, smooth = self.config, 0.0
+        sweep(Path(config.output) / SAMPLES)
         with (
             _until_interrupted() as interrupted,
             tqdm(total=config.steps, initial=self.step, unit="step", mininterval=1.0) as bar,
@@ -570,7 +574,7 @@ class Run:
                     self.save()
                     self.draw_samples()
         self.save()
-        model_file = Path(config.output) / "model.safetensors"
+        model_file = Path(config.output) / MODEL
         self.write_model(model_file)
         self.draw_samples()
         log.info(f"stopped at step {self.step} of {config.steps}; wrote {model_file}")
@@ -592,6 +596,21 @@ def _until_interrupted() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def check_output(folder: Path) -> None:
+    """Raise SettingError where a run would replace what no training wrote."""
+    state, model = (metadata_of(folder / name) for name in (STATE, MODEL))
+    known = {STATE: "step" in state and "config" in state}
+    known[MODEL] = "steps_trained" in model.get("sd35_config", "")
+    others = [folder / name for name in known if os.path.lexists(folder / name) and not known[name]]
+    if not any(known.values()):
+        others += sorted(p for p in (folder / SAMPLES).glob("*.png") if p.stem.isdigit())
+    if others:
+        raise SettingError(
+            f"'{others[0]}' was not written by a training, or is damaged, and this run would "
+            "replace it. Choose another folder as 'output', or move that file away."
+        )
 
 
 def read_examples_file(path: str) -> Examples:

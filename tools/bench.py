@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sd35_core.whole_file import write_text
 from tools import host
 
 TEXT = 154
@@ -212,8 +213,8 @@ def memory(case: Case, dtype: Any, device: Any, steps: int = 28) -> dict[str, An
     memory manager loads them and a step reads them, the modulations of a run, and what a step
     takes besides."""
     import torch
-    from safetensors.torch import save_file
 
+    from sd35_core.checkpoint import write_file
     from sd35_core.mmditx import MMDiTX
     from sd35_core.modulation import ModulationCache
     from tools.bench_peers import host_model
@@ -224,7 +225,7 @@ def memory(case: Case, dtype: Any, device: Any, steps: int = 28) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         path = Path(folder, "model.safetensors")
         weights = weights_of(MMDiTX(config, device="meta"), dtype)
-        save_file(gridded(config, weights), path)
+        write_file(path, gridded(config, weights), {})
         del weights
         for mode in ("off", "on"):
             patcher = host_model(path, mode)
@@ -315,7 +316,7 @@ def main() -> int:
             name: ([float(getattr(case, name)) for case in wanted], rows[name])
             for name, wanted in chosen.items()
         }
-        options.plot.write_text(drawing(panels), encoding="utf-8")
+        write_text(options.plot, drawing(panels), replace=True)
     if options.json:
         machine = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
         about = {"device": machine, "dtype": options.dtype, "torch": torch.__version__}

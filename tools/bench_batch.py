@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sd35_core.whole_file import write_text
 from tools import host as hosts
 
 WORKFLOW = hosts.PACK / "workflows" / "api" / "text_to_image.json"
@@ -35,9 +36,8 @@ MODEL = hosts.PACK / "models" / "nano" / "sd35_nano.safetensors"
 
 
 def written(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "jobs.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    write_text(path, "\n".join(json.dumps(row) for row in rows), replace=True)
     return path
 
 
@@ -57,7 +57,7 @@ def pictures(folder: Path) -> dict[str, str]:
 
 
 def measure(options: argparse.Namespace, found: hosts.Host, folder: Path) -> None:
-    from automation import batch, cluster
+    from automation import batch, cluster, waiting
     from automation.client import Client
     from automation.jobs import Table
 
@@ -108,7 +108,7 @@ def measure(options: argparse.Namespace, found: hosts.Host, folder: Path) -> Non
     table = Table(written(folder / "grouping", rows), WORKFLOW)
     with hosts.Server(found, folder / "grouping", ["--cpu"]) as server:
         grouped = by_server("grouped", table, server.url)
-    batch.WINDOW = 1
+    waiting.WINDOW = 1
     with hosts.Server(found, folder / "grouping", ["--cpu"]) as server:
         as_they_come = by_server("as they come", table, server.url)
     print(f"grouped takes {grouped / as_they_come:.2f} of the time of jobs as they come")

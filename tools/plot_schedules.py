@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd35_core.sampling import SCHEDULES, sigmas
+from sd35_core.whole_file import write_text
 
 TARGET = Path(__file__).resolve().parent.parent / "web" / "docs" / "schedules.svg"
 STEPS, SHIFT = 28, 3.0
@@ -75,7 +76,7 @@ def plot() -> str:
 
 
 def main() -> int:
-    TARGET.write_text(plot(), encoding="utf-8")
+    write_text(TARGET, plot(), replace=True)
     print(f"Wrote {TARGET}")
     return 0
 

@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sd35_core.whole_file import write_picture
 from tools import host
 
 DOCS = host.PACK / "web" / "docs"
@@ -89,7 +90,8 @@ def main() -> int:
                 browser.run(page)
             for kind in kinds:
                 with Image.open(io.BytesIO(picture(page, kind))) as image:
-                    image.quantize(128).save(DOCS / f"{kind}.png", optimize=True)
+                    small = image.quantize(128)
+                    write_picture(DOCS / f"{kind}.png", small, replace=True, optimize=True)
                 print(f"Wrote web/docs/{kind}.png")
     return 0
 

@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sd35_core.whole_file import write_text
 from tools import host as hosts
 
 WORKFLOW = hosts.PACK / "workflows" / "api" / "text_to_image.json"
@@ -44,6 +45,7 @@ class Simulated:
 
     def __init__(self, number: int, options: argparse.Namespace, tally: Tally):
         self.url = self.host = f"simulated:{number}"
+        self.kind = "simulated"
         self.options, self.tally = options, tally
         self.chance = random.Random(number)
         self.drawing = asyncio.Lock()
@@ -62,7 +64,7 @@ class Simulated:
         return {"system": {"comfyui_version": "simulated", "pytorch_version": ""}}
 
     async def run(self, workflow: Any, *, prompt_id: str) -> Any:
-        from automation.client import File, Result
+        from automation.answers import File, Result
 
         async with self.drawing:
             self.tally.first = self.tally.first or time.monotonic()
@@ -97,7 +99,7 @@ def simulate(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for n in range(options.jobs)
     )
     table = folder / "jobs.jsonl"
-    table.write_text("\n".join(rows), encoding="utf-8")
+    write_text(table, "\n".join(rows), replace=True)
     process, held = psutil.Process(), []
 
     async def driver() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sd35_core.whole_file import write_picture, write_text, write_whole
 from tools import host
 
 FOLDER = host.PACK / "workflows"
@@ -298,7 +299,7 @@ def thumbnail(url: str, prompt: dict[str, Any], path: Path, caption: str = "") -
         draw = ImageDraw.Draw(sheet, "RGBA")
         draw.rectangle((0, 480, 512, 512), fill=(0, 0, 0, 150))
         draw.text((256, 496), caption, "white", ImageFont.load_default(18), anchor="mm")
-    sheet.save(path, quality=88)
+    write_picture(path, sheet, replace=True, quality=88)
 
 
 def main() -> int:
@@ -318,12 +319,13 @@ def main() -> int:
             for name, prompt in prompts.items():
                 made = build(page, prompt, name)
                 text = json.dumps(made, indent=1, ensure_ascii=False)
-                (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+                write_text(FOLDER / f"{name}.json", text + "\n", replace=True)
                 print(f"Wrote workflows/{name}.json and its thumbnail")
         with browser.canvas(server.url) as page:
             browser.load(page, json.loads((FOLDER / f"{SHOWN}.json").read_text(encoding="utf-8")))
             browser.run(page)
-            page.screenshot(path=str(host.PACK / "web" / "docs" / "canvas.png"))
+            canvas = host.PACK / "web" / "docs" / "canvas.png"
+            write_whole(canvas, page.screenshot(), replace=True)
     return 0
 
 

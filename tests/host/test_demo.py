@@ -33,12 +33,30 @@ def test_it_draws_what_is_asked_for_and_says_where(server: hosts.Server, tmp_pat
     assert np.abs(purple - lime).mean() > 10
 
 
+def test_a_picture_that_is_there_is_replaced_only_when_that_is_asked_for(
+    server: hosts.Server, tmp_path: Path
+) -> None:
+    out = tmp_path / "mine.png"
+    out.write_bytes(b"mine")
+    asked = ["--host", server.url, "--out", str(out), "--seed", "1"]
+    done = demo(*asked)
+    assert done.returncode == 1 and "add --replace" in done.stderr and "step" not in done.stderr
+    assert out.read_bytes() == b"mine"
+    assert demo(*asked, "--replace").returncode == 0
+    with Image.open(out) as image:
+        assert image.size == (128, 128)
+    done = demo("--host", server.url, "--replace")
+    assert done.returncode == 2 and "--replace needs --out" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--workflow", str(PACK / "workflows" / "text_to_image.json")], "is a canvas workflow"),
         (["--workflow", str(PACK / "pyproject.toml")], "can't be read as JSON"),
         (["--workflow", "nowhere.json"], "can't be read as JSON"),
+        (["--out", str(PACK / "tools")], "is a folder"),
+        (["--out", str(PACK / "README.md")], "is there already"),
     ],
 )
 def test_a_workflow_of_another_kind_is_explained(

@@ -138,6 +138,26 @@ def test_a_full_disk_leaves_the_older_file(folder: Path, parts: Any, quantize: A
     assert set(folder.iterdir()) == before and older.read_bytes() == b"older"
 
 
+def test_a_file_that_another_wrote_stays_and_the_report_says_so(
+    folder: Path, parts: Any, quantize: Any
+) -> None:
+    name, second = (folder / f"sd35_nano_int8{end}.safetensors" for end in ("", "_2"))
+    name.symlink_to(folder / NANO.name)
+    source = (folder / NANO.name).read_bytes()
+    for _ in range(2):
+        report = quantize("8 bit (int8)", model=parts.model)
+        assert f"'{name.name}' is there already and was not written by SD3.5 Quantize" in report
+        assert f"Wrote {second}." in report and "97.4% before" in report
+    assert name.is_symlink() and (folder / NANO.name).read_bytes() == source
+    name.unlink()
+    for _ in range(2):
+        report = quantize("8 bit (int8)", model=parts.model)
+        assert f"Wrote {name}." in report and "is there already" not in report
+    assert {path.name for path in folder.iterdir()} == {
+        NANO.name, DEPTH.name, name.name, second.name,
+    }  # fmt: skip
+
+
 def test_a_cancelled_run_leaves_nothing(
     comfy: SimpleNamespace, folder: Path, parts: Any, quantize: Any
 ) -> None:

@@ -18,7 +18,7 @@ ALLOWED = {
     "limits": {"errors"},
     "errors": {"words"},
     "latent": set(),
-    "config": {"errors"},
+    "config": {"errors", "limits"},
     "guidance": {"errors"},
     "sampling": {"errors"},
     "layers": {"config"},
@@ -30,15 +30,23 @@ ALLOWED = {
     "known_nodes": set(),
     "graph": {"errors", "known_nodes"},
     "panels": {"errors", "graph", "guidance", "preflight", "recipes", "workflow"},
-    "headers": {"checkpoint", "config", "errors", "gguf_file", "preflight", "recipes"},
+    "headers": {
+        "checkpoint",
+        "config",
+        "errors",
+        "gguf_file",
+        "limits",
+        "preflight",
+        "recipes",
+    },
     "workflow": {"errors", "graph", "headers", "known_nodes", "preflight"},
-    "packing": {"errors"},
-    "checkpoint": {"config", "errors", "layers", "mmditx", "packing"},
-    "gguf_file": {"checkpoint", "errors"},
-    "controlnet": {"checkpoint", "config", "errors", "layers", "mmditx"},
+    "packing": {"errors", "limits"},
+    "checkpoint": {"config", "errors", "layers", "limits", "mmditx", "packing", "whole_file"},
+    "gguf_file": {"checkpoint", "errors", "limits"},
+    "controlnet": {"checkpoint", "config", "errors", "layers", "limits", "mmditx"},
     "hints": {"controlnet", "errors"},
     "autoencoder": {"errors", "latent", "layers"},
-    "text_encoder": {"errors", "layers"},
+    "text_encoder": {"checkpoint", "errors", "limits"},
     "dataset": {"autoencoder", "errors", "hints", "text_encoder"},
     "pipeline": {
         "autoencoder",
@@ -62,6 +70,7 @@ ALLOWED = {
         "packing",
         "pipeline",
         "text_encoder",
+        "whole_file",
     },
     "training": {
         "autoencoder",
@@ -76,6 +85,7 @@ ALLOWED = {
         "pipeline",
         "sampling",
         "text_encoder",
+        "whole_file",
     },
 }
 HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server"}
@@ -121,9 +131,30 @@ def test_the_pack_uses_no_pickle_eval_network_or_subprocess() -> None:
             assert not names & {"eval", "exec", "print"}, path
 
 
+LENT = {"sd35_core", "sd35_core.whole_file", "sd35_core.words"}
+"""What automation may use of the core, which needs no torch for it."""
+
+
 def test_the_automation_needs_no_host_torch_or_pack() -> None:
     for path in (ROOT / "automation").glob("*.py"):
-        assert not imports(path)[0] & {*HOST, "torch", "sd35_core", "nodes", "tools"}, path
+        assert not imports(path)[0] & {*HOST, "torch", "nodes", "tools"}, path
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                names = [node.module if node.module in LENT - {"sd35_core"} else n for n in names]
+            assert {name for name in names if name and name.startswith("sd35_core")} <= LENT, path
+    modules = [f"automation.{path.stem}" for path in (ROOT / "automation").glob("[!_]*.py")]
+    code = (
+        "import sys\n" + "\n".join(f"import {m}" for m in ["automation.__main__", *modules])
+        + "\nprint(*(m for m in sys.modules if m.split('.')[0] in ('torch', 'sd35_core')))"
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, encoding="utf-8"
+    )
+    assert set(done.stdout.split()) == LENT
 
 
 def test_the_core_imports_with_torch_alone() -> None:
@@ -172,3 +203,128 @@ def test_every_file_has_a_name_that_windows_and_macos_can_keep() -> None:
             assert part.split(".")[0].lower() not in reserved, path
         assert len(str(path)) < 140, path  # Windows ends a path at 260, with its folders
     assert len({str(path).lower() for path in listed}) == len(listed)
+
+
+WRITER = "sd35_core/whole_file.py"
+NOT_FILES = {
+    # What another program writes into while it runs.
+    "automation/cluster.py Host._start: open",
+    "tools/host.py Server.__enter__: open",
+    # Locks, and a file of lines that are added.
+    "tools/host.py locked: open",
+    "automation/manifest.py Manifest._append: open",
+    # The system's own: a switch, not a file.
+    "tools/bench.py extra_memory: write_text",
+    # A folder that is filled under another name and then gets its own.
+    "tools/host.py _fetch_source: rename",
+    "tools/nano/pictures.py _fetch: write_bytes",
+    "tools/nano/pictures.py _fetch: rename",
+    # Copies of folders and files for one run, in temporary folders or beside ComfyUI's nodes.
+    "tools/host.py link_pack: symlink_to",
+    "tools/host.py link_pack: copytree",
+    "tools/host.py Server._command: copytree",
+    "tools/host_suites.py compared: copytree",
+    "tools/first_run.py Place.__init__: copy",
+    "tools/first_run.py Place.__init__: symlink_to",
+    "tools/bench_batch.py measure: copy",
+    # `save` of other things than pictures: a file that a server has, into a Place.
+    "automation/batch.py _do: save",
+}
+"""Calls that look like writing a file and are allowed to: streams, copies, and no files at all."""
+WRITING = {
+    *("write_text", "write_bytes", "save", "save_file", "savefig", "tofile", "dump"),
+    *("rename", "renames", "link", "symlink", "symlink_to", "hardlink_to", "fdopen"),
+    *("NamedTemporaryFile", "TemporaryFile", "SpooledTemporaryFile", "mkstemp"),
+    *("copy", "copy2", "copyfile", "copyfileobj", "copytree", "move"),
+}
+OPENERS = {"webbrowser", "opener", "Image", "tarfile"}
+"""What else has an `open`."""
+
+
+def writes(text: str) -> set[str]:
+    """FUNCTION: CALL for every call in a module's text that may write a file its own way."""
+    found: set[str] = set()
+
+    def walk(node: ast.AST, inside: str) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            inside = f"{inside}.{node.name}".lstrip(".")
+        if isinstance(node, ast.Call) and (name := writing(node)):
+            found.add(f"{inside}: {name}")
+        for child in ast.iter_child_nodes(node):
+            walk(child, inside)
+
+    walk(ast.parse(text), "")
+    return found
+
+
+def writing(call: ast.Call) -> str:
+    """The name of what is called, if that may write a file."""
+    method = isinstance(call.func, ast.Attribute)
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func)
+    owner = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
+    given = len(call.args) + len(call.keywords)
+    if name == "open" and owner not in OPENERS:
+        number = 0 if method and owner not in ("io", "os", "codecs", "gzip") else 1
+        modes = call.args[number : number + 1]
+        modes += [keyword.value for keyword in call.keywords if keyword.arg in ("mode", "flags")]
+        plain = [m.value for m in modes if isinstance(m, ast.Constant)]
+        read = len(plain) == len(modes) and not any(set(str(m)) & set("wxa+") for m in plain)
+        return "" if read else name
+    if name == "replace":  # of os, or of a Path: of a text it takes two, of a dataclass it is bare
+        return name if owner == "os" or (method and given == 1) else ""
+    if name == "screenshot":
+        return name if any(keyword.arg == "path" for keyword in call.keywords) else ""
+    if name == "save" and not given:  # of a training
+        return ""
+    if name in ("copy", "link", "symlink", "move") and owner not in ("os", "shutil"):  # of others
+        return ""
+    if name == "write_text" and not method:  # whole_file's
+        return ""
+    return name if name in WRITING else ""
+
+
+def test_every_file_is_written_by_one_module() -> None:
+    folders = ("sd35_core", "nodes", "automation", "tools")
+    found = set()
+    for path in sources():
+        name = path.relative_to(ROOT).as_posix()
+        if name.startswith(folders) and name != WRITER:
+            found |= {f"{name} {each}" for each in writes(path.read_text(encoding="utf-8"))}
+    assert found == NOT_FILES
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "path.write_text('x', encoding='utf-8')",
+        "Path('x').write_bytes(b'')",
+        "open(path, 'w', encoding='utf-8')",
+        "open(path, mode='xb')",
+        "path.open('ab')",
+        "path.open(mode)",
+        "io.open(path, 'r+')",
+        "os.open(path, os.O_CREAT)",
+        "os.fdopen(handle, 'wb')",
+        "os.replace(a, b)",
+        "os.rename(a, b)",
+        "partial.replace(path)",
+        "partial.rename(path)",
+        "tempfile.NamedTemporaryFile()",
+        "tempfile.mkstemp()",
+        "Image.fromarray(x).save(path)",
+        "save_file(tensors, path)",
+        "safetensors.torch.save_file(tensors, path)",
+        "torch.save(tensors, path)",
+        "json.dump(x, file)",
+        "shutil.copy(a, b)",
+        "page.screenshot(path='x.png')",
+    ],
+)
+def test_a_file_written_another_way_is_found(planted: str) -> None:
+    assert writes(f"class A:\n    def f(self):\n        return {planted}")
+    harmless = (
+        "text.replace('a', 'b')", "replace(config, a=1)", "path.open('rb')", "open(path)",
+        "dictionary.copy()", "run.save()", "write_text(path, text, replace=True)",
+        "copy.deepcopy(x)", "Image.open(path)", "page.screenshot(clip=x)",
+    )  # fmt: skip
+    assert not writes("\n".join(harmless))

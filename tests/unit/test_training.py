@@ -243,6 +243,31 @@ def test_a_state_that_does_not_fit_is_refused(config: TrainingConfig, tmp_path: 
         other.resume()
 
 
+@pytest.mark.parametrize("name", ["state.safetensors", "model.safetensors", "samples/000100.png"])
+def test_a_run_replaces_nothing_that_no_training_wrote(
+    config: TrainingConfig, tmp_path: Path, name: str
+) -> None:
+    config = replace(config, output=str(tmp_path / "out"))
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    if name.endswith("png"):
+        file.write_bytes(b"mine")
+    else:
+        save_file({"mine": torch.ones(1)}, file, metadata={"title": "mine"})
+    mine = file.read_bytes()
+    with pytest.raises(SettingError, match=f"{file.name}' was not written by a training.*Choose"):
+        Run(config)
+    assert file.read_bytes() == mine
+    file.rename(tmp_path / file.name)
+    Run(config).save()
+    (tmp_path / "out" / "samples").mkdir(exist_ok=True)
+    (tmp_path / "out" / "samples" / "000100.png").write_bytes(b"of the run")
+    run = Run(config)
+    run.write_model(tmp_path / "out" / "model.safetensors")
+    run.state_file.unlink()
+    Run(config)
+
+
 def test_a_broken_state_is_refused(config: TrainingConfig, tmp_path: Path) -> None:
     run = Run(replace(config, output=str(tmp_path)))
     run.save()

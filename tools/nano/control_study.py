@@ -24,6 +24,7 @@ from sd35_core.dataset import encoded_hint
 from sd35_core.hints import CANNY_THRESHOLDS, edges
 from sd35_core.latent import to_model
 from sd35_core.pipeline import Pipeline, Settings
+from sd35_core.whole_file import write_picture, write_text
 
 from .pictures import emoji_folder
 from .prepare import clip_tokenizer, hints_of, pictures_of
@@ -88,7 +89,8 @@ def figures(pictures: Tensor, wanted: Tensor) -> dict[str, float]:
 def sheet(rows: list[Tensor], path: Path) -> None:
     """Rows of pictures (B, H, W, 3) uint8 under each other."""
     lines = [torch.cat(list(row[:SHOWN]), dim=1) for row in rows]
-    Image.fromarray(torch.cat(lines).numpy()).save(path, quality=88)
+    picture = Image.fromarray(torch.cat(lines).numpy())
+    write_picture(path, picture, replace=True, quality=88)
 
 
 class Scenes:
@@ -131,7 +133,7 @@ def main() -> None:
         found[kind] = figures(drawn, scenes.shown)
         looks = (255 * (scenes.seen(kind) + 1) / 2).round().byte().expand(-1, -1, -1, 3)
         sheet([looks, drawn, plain], FOLDER / f"{kind}.jpg")
-    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(found, indent=1) + "\n", replace=True)
     for name, values in found.items():
         print(name, ", ".join(f"{what} {value:.3f}" for what, value in values.items()))
 

@@ -29,6 +29,7 @@ from sd35_core.latent import to_model
 from sd35_core.packing import FP8, INT8, VQ2, pack, unpack
 from sd35_core.pipeline import Pipeline
 from sd35_core.quantization import Plan, output_path, quantize_file, relative_error
+from sd35_core.whole_file import write_picture, write_text
 
 from .blocks import Q2_K_BITS, Q8_0_BITS, q2_k, q8_0
 from .control_study import FOLDER, QUICK, Scenes, figures
@@ -157,8 +158,8 @@ def main() -> None:
                 "score": figures_of(scenes, judge_all(pictures, scenes)),
                 "edge F1": control,
             }
-            FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    sheet_of(rows).save(MODEL / "quantization.jpg", quality=88)
+            write_text(FILE, json.dumps(found, indent=1) + "\n", replace=True)
+    write_picture(MODEL / "quantization.jpg", sheet_of(rows), replace=True, quality=88)
     print(json.dumps(found, indent=1))
 
 

@@ -17,6 +17,7 @@ from sd35_core.guidance import SkipLayers, parse_layers
 from sd35_core.pipeline import Pipeline, Settings
 from sd35_core.sampling import SAMPLERS, SCHEDULES
 from sd35_core.step_cache import PACES
+from sd35_core.whole_file import write_picture
 
 from .judge import Verdict, judge
 from .pictures import emoji_folder
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = scenes[1:] + scenes[:1] if options.wrong else scenes
     verdicts = judge_all(pictures, wanted)
     if options.sheet:
-        sheet_of(pictures).save(options.sheet)
+        write_picture(options.sheet, sheet_of(pictures), replace=True)
     figures = figures_of(wanted, verdicts)
     if options.json:
         each = [

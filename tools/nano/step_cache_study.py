@@ -21,6 +21,7 @@ from torch import nn
 from sd35_core.guidance import SkipLayers
 from sd35_core.pipeline import BATCH, Pipeline, Settings
 from sd35_core.step_cache import PACES
+from sd35_core.whole_file import write_text
 
 from .control_study import FOLDER, Scenes, figures
 from .prepare import clip_tokenizer
@@ -81,7 +82,7 @@ def main() -> None:
         name = pace or "28 steps"
         found["edge F1"][name] = figures(drawn, scenes.shown)["edge F1"]
         found["skipped layers"][name] = apart(pipeline, settings, slg)
-    FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_text(FILE, json.dumps(found, indent=1) + "\n", replace=True)
     print(json.dumps(found, indent=1))
 
 

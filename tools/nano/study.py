@@ -17,6 +17,7 @@ from tqdm import tqdm
 from sd35_core.guidance import SkipLayers
 from sd35_core.pipeline import Pipeline, Settings
 from sd35_core.sampling import SAMPLERS, SCHEDULES
+from sd35_core.whole_file import write_picture, write_text
 from tools.plot_schedules import COLOURS, text
 
 from .prepare import clip_tokenizer
@@ -48,7 +49,7 @@ def headline(pipeline: Pipeline) -> dict[str, Figures]:
     """500 unseen scenes; the first 100 become the sheet, and wrong captions give the chance."""
     scenes = unseen(500)
     pictures = draw(pipeline, scenes, Settings())
-    sheet_of(pictures[:100]).save(MODEL / "sheet.jpg", quality=88)
+    write_picture(MODEL / "sheet.jpg", sheet_of(pictures[:100]), replace=True, quality=88)
     wrong = scenes[1:] + scenes[:1]
     return {
         "asked": figures_of(scenes, judge_all(pictures, scenes)),
@@ -191,9 +192,9 @@ def main() -> None:
     wanted = sys.argv[1:] or [name for name in PARTS if name not in known]
     for name in tqdm(wanted):
         known[name] = PARTS[name](pipeline)
-        FILE.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        write_text(FILE, json.dumps(known, indent=1) + "\n", replace=True)
     if "steps" in known:
-        PLOT.write_text(plot(known["steps"]), encoding="utf-8")
+        write_text(PLOT, plot(known["steps"]), replace=True)
     for name in known:
         print(f"\n{table(known[name], name)}")
 
