@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .errors import CheckpointError
+from .limits import BLOCKS, CHANNELS, CONTEXT, HIDDEN, PATCH, POOLED, POSITIONS, bounded, counted
 
 HEAD_WIDTH = 64
 TIMESTEP_WIDTH = 256
@@ -65,7 +65,8 @@ VARIANTS = {
 def config_from_shapes(shapes: Shapes, source: str = "this file") -> MMDiTXConfig:
     """Read the configuration off a state dict's shapes (keys in Stability's layout, no prefix).
 
-    Raises CheckpointError, naming `source`, when a tensor that decides it is missing or odd.
+    Raises CheckpointError, naming `source`, when a tensor that decides it is missing or odd, or a
+    size beyond `limits`.
     """
 
     def shape_of(key: str, dimensions: int) -> Shape:
@@ -82,8 +83,7 @@ def config_from_shapes(shapes: Shapes, source: str = "this file") -> MMDiTXConfi
             )
         return shape
 
-    blocks = {int(m[1]) for key in shapes if (m := re.match(r"joint_blocks\.(\d+)\.", key))}
-    depth = max(blocks, default=-1) + 1
+    depth = counted(shapes, "joint_blocks", BLOCKS, source)
     hidden, channels, patch, _ = shape_of("x_embedder.proj.weight", 4)
     axes = AXES in shapes
     positions = shape_of(AXES, 3)[1] ** 2 if axes else shape_of("pos_embed", 3)[1]
@@ -96,15 +96,15 @@ def config_from_shapes(shapes: Shapes, source: str = "this file") -> MMDiTXConfi
         )
     return MMDiTXConfig(
         depth=depth,
-        hidden=hidden,
-        context_dim=shape_of("context_embedder.weight", 2)[1],
-        pooled_dim=shape_of("y_embedder.mlp.0.weight", 2)[1],
-        pos_embed_max_size=table,
+        hidden=bounded(HIDDEN, hidden, source),
+        context_dim=bounded(CONTEXT, shape_of("context_embedder.weight", 2)[1], source),
+        pooled_dim=bounded(POOLED, shape_of("y_embedder.mlp.0.weight", 2)[1], source),
+        pos_embed_max_size=bounded(POSITIONS, table, source),
         qk_norm="joint_blocks.0.context_block.attn.ln_k.weight" in shapes,
         dual_blocks=tuple(
             i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes
         ),
-        in_channels=channels,
-        patch_size=patch,
+        in_channels=bounded(CHANNELS, channels, source),
+        patch_size=bounded(PATCH, patch, source),
         axes=axes,
     )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from .checkpoint import (
@@ -21,6 +20,7 @@ from .checkpoint import (
     StateDict,
     TensorFile,
     check_tensors,
+    joined,
     operations_for,
     shapes_of,
     with_weights,
@@ -38,6 +38,7 @@ from .layers import (
     modulate,
     sinusoid,
 )
+from .limits import CHANNELS, CONTROLNET_LAYERS, HIDDEN, PATCH, POOLED, bounded, counted
 from .mmditx import MMDiTX, padded
 
 Kind = Literal["8b", "2b"]
@@ -175,7 +176,7 @@ def controlnet(state_dict: Mapping[str, Tensor], source: str = "this file") -> S
     found: StateDict = {}
     split: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state_dict.items():
-        block = re.fullmatch(r"(transformer_blocks\.\d+)\.(.+)\.(weight|bias)", key)
+        block = re.fullmatch(r"(transformer_blocks\.[0-9]+)\.(.+)\.(weight|bias)", key)
         if block is None:
             name, _, suffix = key.rpartition(".")
             found[f"{RENAMED[name]}.{suffix}" if name in RENAMED else key] = tensor
@@ -186,7 +187,7 @@ def controlnet(state_dict: Mapping[str, Tensor], source: str = "this file") -> S
             found[f"{block[1]}.{name}.{block[3]}"] = tensor
     for key, parts in split.items():
         if len(parts) == len(_JOINED):
-            found[key] = torch.cat([parts[name] for name in _JOINED])
+            found[key] = joined([parts[name] for name in _JOINED], key, source)
     return found
 
 
@@ -199,8 +200,10 @@ def config_of(state_dict: Mapping[str, Tensor], source: str = "this file") -> Co
     Keys are Stability's. Raises CheckpointError.
     """
     shapes = shapes_of(state_dict)
-    blocks = [re.match(r"controlnet_blocks\.(\d+)\.", key) for key in shapes]
-    layers = 1 + max((int(match[1]) for match in blocks if match), default=-1)
+    layers, blocks = (
+        counted(shapes, name, CONTROLNET_LAYERS, source)
+        for name in ("controlnet_blocks", "transformer_blocks")
+    )
     x = shapes.get("x_embedder.proj.weight", ())
     y = shapes.get("y_embedder.mlp.0.weight", ())
     if len(x) != 4 or len(y) != 2 or x[0] % HEAD_WIDTH:
@@ -208,15 +211,20 @@ def config_of(state_dict: Mapping[str, Tensor], source: str = "this file") -> Co
             f"{source} is no whole SD3.5 ControlNet: x_embedder.proj.weight has shape {list(x)} "
             f"and y_embedder.mlp.0.weight {list(y)}. {_WANTED}"
         )
+    if layers != blocks:
+        raise CheckpointError(
+            f"{source} is no whole SD3.5 ControlNet: it has {layers} controlnet_blocks and "
+            f"{blocks} transformer_blocks, expected as many of each. {_WANTED}"
+        )
     hidden, channels, patch, _ = x
     config = ControlNetConfig(
         kind="2b" if y[1] == hidden else "8b",
         layers=layers,
-        hidden=hidden,
-        pooled_dim=y[1],
+        hidden=bounded(HIDDEN, hidden, source),
+        pooled_dim=bounded(POOLED, y[1], source),
         control_type=_control_type(state_dict, source),
-        in_channels=channels,
-        patch_size=patch,
+        in_channels=bounded(CHANNELS, channels, source),
+        patch_size=bounded(PATCH, patch, source),
     )
     expected = shapes_of(ControlNetEmbedder(config, device="meta").state_dict())
     check_tensors(state_dict, expected, f"{config.kind} ControlNet", source)
@@ -228,14 +236,14 @@ def _control_type(state_dict: Mapping[str, Tensor], source: str) -> str | None:
     tensor = state_dict.get("control_type")
     if tensor is None or tensor.numel() != 1:
         return None
-    number = int(tensor.item())
-    if not 0 <= number < len(CONTROL_TYPES):
+    number = tensor.item()
+    if type(number) not in (int, float) or number not in range(len(CONTROL_TYPES)):
         known = ", ".join(f"{i} ({name})" for i, name in enumerate(CONTROL_TYPES))
         raise CheckpointError(
             f"{source} has control_type {number}; known are {known}. It needs a newer version of "
             "this pack."
         )
-    return CONTROL_TYPES[number]
+    return CONTROL_TYPES[int(number)]
 
 
 def load_controlnet(

@@ -17,7 +17,10 @@ class SD35Error(Exception):
     """
 
     def __init__(self, *lines: str):
-        super().__init__("\n".join(map(printable, lines)))
+        super().__init__(*map(printable, lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class CheckpointError(SD35Error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .checkpoint import unreadable
 from .errors import CheckpointError, is_out_of_memory
+from .limits import GGUF_VALUES, bounded
 
 ARCHITECTURE = "sd3"
 EXTENSION = ".gguf"
@@ -35,13 +37,21 @@ class GGUFFile(Mapping[str, Tensor]):
                 "--upgrade gguf), or choose a safetensors file."
             ) from error
         self._gguf: Any = gguf
+        source = f"'{self.path.name}'"
 
         class Reader(gguf.GGUFReader):
-            """Stops at the file's end; gguf's own reads on there, for hours if a length is off."""
+            """Stops at the file's end; gguf's own reads on there, for hours if a length is off.
+
+            And after as many values as no model has.
+            """
+
+            values_read = 0
 
             def _get(
                 self, offset: int, dtype: Any, count: Any = 1, *rest: Any, **named: Any
             ) -> Any:
+                self.values_read += 1
+                bounded(GGUF_VALUES, self.values_read, source)
                 found = super()._get(offset, dtype, count, *rest, **named)
                 if len(found) < int(count):
                     raise ValueError("it ends in the middle of a value")
@@ -51,6 +61,8 @@ class GGUFFile(Mapping[str, Tensor]):
             reader = Reader(self.path)
             self.tensors = {tensor.name: tensor for tensor in reader.tensors}
             self.fields = {name: field.contents() for name, field in reader.fields.items()}
+        except CheckpointError:
+            raise
         except Exception as error:  # the reader raises whatever a damaged number leads it to
             raise unreadable(self.path, error, "GGUF") from error
         architecture = self.fields.get("general.architecture", ARCHITECTURE)
@@ -81,9 +93,18 @@ class GGUFFile(Mapping[str, Tensor]):
             ) from error
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Without decoding the tensor."""
-        sides = self.fields.get(SHAPE + key) or reversed(self.tensors[key].shape)
-        return tuple(int(side) for side in sides)
+        """Without decoding the tensor. Raises CheckpointError for a shape that isn't its own."""
+        tensor = self.tensors[key]
+        sides = self.fields.get(SHAPE + key)
+        if sides is None:
+            return tuple(int(side) for side in reversed(tensor.shape))
+        whole = isinstance(sides, list) and all(type(side) is int and side > 0 for side in sides)
+        if not whole or math.prod(sides) != tensor.n_elements:
+            raise CheckpointError(
+                f"'{self.path.name}': the shape of '{key}' is given as {sides}, expected a list of "
+                f"sides of its {tensor.n_elements:,} values. Choose another file of this model."
+            )
+        return tuple(sides)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

@@ -66,7 +66,8 @@ def parsed(data: bytes | str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise SettingError(f"The workflow can't be read as JSON: {error}.") from error
     if not isinstance(found, dict):
-        raise SettingError(f"This is no workflow: expected an object, got a {type(found).__name__}.")
+        kind = type(found).__name__
+        raise SettingError(f"This is no workflow: expected an object, got a {kind}.")
     return found
 
 

@@ -22,6 +22,7 @@ from .checkpoint import (
 from .config import VARIANTS, MMDiTXConfig, Shapes, config_from_shapes
 from .errors import CheckpointError
 from .gguf_file import EXTENSION, GGUFFile
+from .limits import DIGITS
 from .preflight import Control, Model
 from .recipes import recipe_of
 
@@ -144,11 +145,13 @@ def vae_channels(path: Path) -> int | None:
     return next((shape[1] for shape in shapes if len(shape) == 4), None)
 
 
+_NUMBER = f"([0-9]{{1,{DIGITS.most}}})"
 _STABILITY_MODULE = re.compile(
-    r"joint_blocks_(\d+)_(x_block|context_block)_(attn2?_(qkv|proj)|mlp_fc[12]|adaLN_modulation_1)"
+    rf"joint_blocks_{_NUMBER}_(x_block|context_block)_"
+    r"(attn2?_(qkv|proj)|mlp_fc[12]|adaLN_modulation_1)"
 )
 _DIFFUSERS_MODULE = re.compile(
-    r"transformer_blocks_(\d+)_(attn2?_(to_[qkv]|to_out_0|add_[qkv]_proj|to_add_out)"
+    rf"transformer_blocks_{_NUMBER}_(attn2?_(to_[qkv]|to_out_0|add_[qkv]_proj|to_add_out)"
     r"|ff(_context)?_net_(0_proj|2)|norm1(_context)?_linear)"
 )
 _OUTER_MODULE = re.compile(

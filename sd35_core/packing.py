@@ -14,7 +14,7 @@ and a `comfy_quant` entry, a JSON text as bytes, that names the format:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,9 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import CheckpointError, SettingError
+from .limits import COMFY_QUANT, bounded
 
 INT8, FP8, VQ2 = "int8_tensorwise", "float8_e4m3fn", "sd35_vq2"
-FORMATS = (INT8, FP8, VQ2)
+CODES = {INT8: torch.int8, FP8: torch.float8_e4m3fn, VQ2: torch.uint8}
+"""Format -> what a layer's `weight` holds."""
+FORMATS = tuple(CODES)
 RAW_FP8 = "raw fp8"
 """Weights cast to fp8, without scales and without a `comfy_quant` entry: for every loader."""
 VERSION = 1
@@ -85,30 +88,43 @@ def vectors(codes: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtype) 
 
 def format_of(packed: Mapping[str, Tensor], name: str) -> str:
     """The format that a layer's `comfy_quant` names. Raises CheckpointError for an unknown one."""
-    form, version = format_named(packed, name)
-    if form not in FORMATS or version > VERSION:
+    form, config = format_named(packed, name)
+    version, group = config.get("version", VERSION), config.get("group_size", GROUP)
+    whole = type(version) is int and 1 <= version <= VERSION
+    if form not in FORMATS or not whole:
         raise CheckpointError(
             f"The layer '{name}' is packed as {form}, version {version}. Known here are "
             f"{', '.join(FORMATS)} up to version {VERSION}; update the pack, and ComfyUI."
         )
+    if form == VQ2 and group != GROUP:
+        raise CheckpointError(
+            f"The layer '{name}' is packed with a scale for {group} weights, known here is one "
+            f"for {GROUP}. Update the pack, or quantize the original again."
+        )
     return form
 
 
-def format_named(packed: Mapping[str, Tensor], name: str) -> tuple[str, int]:
-    """Format and version that a layer's `comfy_quant` names, known here or not.
+def format_named(packed: Mapping[str, Tensor], name: str) -> tuple[str, dict[str, Any]]:
+    """Format that a layer's `comfy_quant` names, known here or not, and all that it says.
 
     Raises CheckpointError when it is damaged.
     """
+    entry = packed["comfy_quant"]
     try:
-        config = json.loads(bytes(packed["comfy_quant"].tolist()))
-        form, version = str(config["format"]), int(config.get("version", VERSION))
-        form += " with convrot" if config.get("convrot") else ""
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        if entry.dtype != torch.uint8 or entry.ndim != 1:
+            raise ValueError(f"a text of {entry.dtype} with {entry.ndim} dimensions")
+        bounded(COMFY_QUANT, entry.numel(), f"The layer '{name}'")
+        config = json.loads(bytes(entry.tolist()))
+        if not isinstance(config, dict) or not isinstance(config.get("format"), str):
+            raise ValueError("it names no format")
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"The layer '{name}' does not say how it is packed ({error}). Quantize the original "
             "file again."
         ) from error
-    return form, version
+    inner = config.get("params")
+    turned = config.get("convrot", isinstance(inner, dict) and inner.get("convrot"))
+    return config["format"] + (" with convrot" if turned else ""), config
 
 
 def _pack_vectors(weight: Tensor, moments: Tensor | None) -> Packed:
@@ -238,8 +254,8 @@ class PackedLinear(nn.Module):
     ) -> None:
         packed = packed_under(state_dict, prefix)
         if packed:
-            check_packed(packed, (self.out_features, self.in_features), prefix[:-1])
-            self.form = format_of(packed, prefix[:-1])
+            shape = (self.out_features, self.in_features)
+            self.form = check_packed(packed, shape, prefix[:-1])
             del self.weight
             for name, tensor in packed.items():
                 self.register_buffer(name, torch.empty_like(tensor, device="meta"))
@@ -296,40 +312,57 @@ def packed_under(state_dict: Mapping[str, Tensor], prefix: str) -> Packed:
     return {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
 
 
-def is_vectors(packed: Mapping[str, Tensor]) -> bool:
-    """Whether a layer's `comfy_quant` names the format that is this pack's own."""
-    return VQ2.encode() in bytes(packed["comfy_quant"].tolist())
+def packed_layers(keys: Iterable[str]) -> set[str]:
+    """The layers that are packed, by this pack or by ComfyUI."""
+    mark = ".comfy_quant"
+    return {key.removesuffix(mark) for key in keys if key.endswith(mark)}
 
 
 def is_packed(state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether any layer is packed, by this pack or by ComfyUI."""
-    return any(key.endswith(".comfy_quant") for key in state_dict)
+    """Whether any layer is packed."""
+    return bool(packed_layers(state_dict))
 
 
-def check_packed(packed: Packed, shape: tuple[int, ...], name: str) -> None:
-    """Raise CheckpointError unless the entries of a layer make a weight of `shape`."""
+def check_packed(packed: Packed, shape: tuple[int, int], name: str) -> str:
+    """The format of a layer, once its entries make a weight of `shape`, of finite numbers.
+
+    Raises CheckpointError.
+    """
     form = format_of(packed, name)
+
+    def damaged(what: str) -> CheckpointError:
+        return CheckpointError(
+            f"The packed layer '{name}' ({form}) has {what}. The file is damaged; quantize the "
+            "original again."
+        )
+
     rows, columns = shape
-    wanted: dict[str, tuple[int, ...]] = {"weight": shape}
+    wanted: dict[str, tuple[int, ...]] = {"weight": shape, "weight_scale": ()}
     if form == INT8:
         wanted["weight_scale"] = (rows, 1)
     elif form == VQ2:
+        if columns % GROUP:
+            raise damaged(f"{columns} inputs, expected a multiple of {GROUP}")
         wanted = {
             "weight": (rows, columns // VECTOR),
             "weight_scale": (rows, columns // GROUP),
             "weight_codebook": (ENTRIES, VECTOR),
         }
     for suffix, expected in wanted.items():
-        seen = tuple(packed[suffix].shape) if suffix in packed else None
-        whole = seen == expected or (suffix == "weight_scale" and seen == ())
-        if not whole:
-            raise CheckpointError(
-                f"The packed layer '{name}' ({form}) has {suffix} "
-                f"{'missing' if seen is None else f'of shape {list(seen)}'}, expected "
-                f"{list(expected)}. The file is damaged; quantize the original again."
-            )
-    if not torch.isfinite(packed["weight_scale"].float()).all():
-        raise CheckpointError(
-            f"The packed layer '{name}' has scales that are NaN or infinite. The file is damaged; "
-            "quantize the original again."
-        )
+        tensor = packed.get(suffix)
+        if tensor is None:
+            raise damaged(f"{suffix} missing, expected one of shape {list(expected)}")
+        seen = tuple(tensor.shape)
+        for_all = form != VQ2 and suffix == "weight_scale" and seen in ((), (1,))
+        if seen != expected and not for_all:
+            raise damaged(f"{suffix} of shape {list(seen)}, expected {list(expected)}")
+        if suffix == "weight":
+            if tensor.dtype != CODES[form]:
+                raise damaged(f"codes of {tensor.dtype}, expected {CODES[form]}")
+            continue
+        values = "scales" if suffix == "weight_scale" else "codebook entries"
+        if not tensor.dtype.is_floating_point:
+            raise damaged(f"{values} of {tensor.dtype}, expected floating-point numbers")
+        if not torch.isfinite(tensor.float()).all():
+            raise damaged(f"{values} that are NaN or infinite")
+    return form

@@ -18,7 +18,14 @@ from .latent import CHANNELS, PIXELS, from_model
 from .mmditx import MMDiTX, Twin
 from .sampling import SAMPLERS, Denoise, sigmas
 from .step_cache import PACES, StepCache
-from .text_encoder import ClipTextModel, Tokenize, encoder_configs, joined, padded
+from .text_encoder import (
+    ClipTextModel,
+    Tokenize,
+    check_encoder,
+    encoder_configs,
+    joined,
+    padded,
+)
 
 BATCH = 16
 NO_SKIPPING = SkipLayers(frozenset(), 0, 0, 0)
@@ -173,8 +180,9 @@ def load_encoders(path: Path) -> dict[str, ClipTextModel]:
     """
     file, encoders = TensorFile(path), {}
     for name, config in encoder_configs(file.metadata, path.name).items():
-        encoder = encoders[name] = ClipTextModel(config).requires_grad_(False).eval()
         tensors = under(file, f"text_encoders.{name}.transformer.")
+        check_encoder(tensors, config, f"The text encoder {name} in '{path.name}'")
+        encoder = encoders[name] = ClipTextModel(config).requires_grad_(False).eval()
         fill(encoder, tensors, path.name, f"the text encoder {name}")
     return encoders
 

@@ -15,11 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checkpoint import check_tensors, shapes_of
 from .errors import CheckpointError, SettingError
+from .limits import TEXT_HEADS, TEXT_LAYERS, TEXT_WIDTH, Limit, bounded, counted
 
 START, END = 49406, 49407
 VOCABULARY = 49408
 LENGTH = 77
+PROJECTION = "text_projection.weight"
+"""Of CLIP-G's summary; other files of CLIP-L do without."""
 
 
 @dataclass(frozen=True)
@@ -55,29 +59,58 @@ def clip_g(width: int, heads: int, layers: int) -> ClipConfig:
 KINDS: dict[str, Callable[[int, int, int], ClipConfig]] = {"clip_l": clip_l, "clip_g": clip_g}
 """SD3.5's two, in the order in which their outputs are joined: (width, heads, layers) -> config."""
 
-SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers")
-LARGEST = 2**20
-"""Beyond any text encoder's sizes."""
+SIZES: dict[str, Limit] = {
+    "hidden_size": TEXT_WIDTH,
+    "num_attention_heads": TEXT_HEADS,
+    "num_hidden_layers": TEXT_LAYERS,
+}
 
 
 def encoder_configs(metadata: Mapping[str, str], source: str) -> dict[str, ClipConfig]:
     """How a small model's text encoders are built, from its file's metadata.
 
-    Raises CheckpointError when that says nothing of them.
+    Raises CheckpointError when that says nothing of them, or sizes beyond `limits`.
     """
     try:
         described = json.loads(metadata.get("sd35_config", "{}")).get("text_encoders", {})
         sizes = {name: tuple(described[name][size] for size in SIZES) for name in described}
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         sizes = {}
-    whole = all(isinstance(n, int) and 0 < n <= LARGEST for each in sizes.values() for n in each)
-    if sizes.keys() != KINDS.keys() or not whole:
+    if sizes.keys() != KINDS.keys():
         raise CheckpointError(
             f"'{source}' does not say in its metadata 'sd35_config' how its text encoders are "
             f"built: it describes {', '.join(sizes) or 'none'}, needed are {' and '.join(KINDS)}, "
             f"each with {', '.join(SIZES)}. Use the file as it came."
         )
-    return {name: kind(*sizes[name]) for name, kind in KINDS.items()}
+    configs: dict[str, ClipConfig] = {}
+    for name, kind in KINDS.items():
+        said = f"'{source}', 'sd35_config' of {name}"
+        width, heads, layers = (
+            bounded(limit, size, said) for limit, size in zip(SIZES.values(), sizes[name])
+        )
+        if width % heads:
+            raise CheckpointError(
+                f"{said}: {heads} heads can't share a width of {width} evenly. Use the file as it "
+                "came."
+            )
+        configs[name] = kind(width, heads, layers)
+    return configs
+
+
+def check_encoder(tensors: Mapping[str, Tensor], config: ClipConfig, source: str) -> None:
+    """Raise CheckpointError unless the tensors, under Hugging Face's keys, are an encoder's of this
+    configuration. What a configuration alone asks for is never built."""
+    layers = counted(tensors, "text_model.encoder.layers", TEXT_LAYERS, source)
+    if layers != config.num_hidden_layers:
+        raise CheckpointError(
+            f"{source} has {layers} layers, the metadata 'sd35_config' describes "
+            f"{config.num_hidden_layers}. Use the file as it came."
+        )
+    with torch.device("meta"):
+        expected = dict(shapes_of(ClipTextModel(config).state_dict()))
+    if not config.projected and PROJECTION not in tensors:
+        del expected[PROJECTION]
+    check_tensors(tensors, expected, "text encoder as 'sd35_config' describes it", source)
 
 
 Tokenize = Callable[[str], list[int]]

@@ -27,7 +27,7 @@ from ...sd35_core.layers import grid_positions
 from ...sd35_core.mmditx import padded
 from ...sd35_core.packing import is_packed
 from . import packed, processor
-from .loading import ModelFile
+from .loading import ModelFile, by_the_host
 from .network import HostMMDiTX
 
 StockMMDiT = comfy.ldm.modules.diffusionmodules.mmdit.MMDiT
@@ -285,7 +285,8 @@ def controlnet_from(file: ModelFile, options: Options) -> SD35ControlNet:
     model = ControlNetEmbedder(config, operations, dtype=dtype, device=offload_device)
     model.dtype = dtype
     known = ControlNetEmbedder(config, device="meta").state_dict()
-    model.load_state_dict(weights_for(known, tensors, dtype))
+    with by_the_host(name):
+        model.load_state_dict(weights_for(known, tensors, dtype))
     return SD35ControlNet(
         model.requires_grad_(False).eval(),
         options,

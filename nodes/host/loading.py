@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from ...sd35_core.checkpoint import (
     with_axes,
 )
 from ...sd35_core.config import AXES, VARIANTS
-from ...sd35_core.errors import CheckpointError
+from ...sd35_core.errors import CheckpointError, SD35Error, is_out_of_memory
 from ...sd35_core.gguf_file import EXTENSION, GGUFFile
 from . import packed, resting
 from .network import SD35ModelConfig
@@ -53,13 +54,41 @@ class InterruptibleFile(TensorFile):
         return super().__getitem__(key)
 
 
+class InterruptibleGGUF(GGUFFile):
+    """The same of a GGUF file, whose tensors are also decoded."""
+
+    def __getitem__(self, key: str) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return super().__getitem__(key)
+
+
+@contextmanager
+def by_the_host(names: str) -> Iterator[None]:
+    """Has what the host's own code raises on a damaged file say which file that is.
+
+    Our own errors, lack of memory and the person's cancelling stay what they are.
+    """
+    try:
+        yield
+    except (SD35Error, comfy.model_management.InterruptProcessingException):
+        raise
+    except Exception as error:  # the host raises whatever a damaged entry leads it to
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"ComfyUI can't load {names}: {type(error).__name__}: {error}. The file is damaged or "
+            "in a format that this ComfyUI does not know. Download the original again, or update "
+            "ComfyUI."
+        ) from error
+
+
 def read(path: Path) -> ModelFile:
     """A file, its tensors read when they are used. Raises CheckpointError for a damaged one.
 
     With the host's dynamic weights its own reader keeps the file open and reads on demand.
     """
     if path.suffix.lower() == EXTENSION:
-        gguf = GGUFFile(path)
+        gguf = InterruptibleGGUF(path)
         return ModelFile(path, gguf, gguf.metadata)
     file = InterruptibleFile(path)
     if not comfy.memory_management.aimdo_enabled:
@@ -83,9 +112,9 @@ def model_from(
 ) -> Any:
     """The MODEL in a file, its dtype and devices chosen by the host. Raises CheckpointError."""
     name = f"'{file.path.name}'"
-    found, _ = comfy.utils.convert_old_quants(
-        diffusion_model(file.tensors, name), "", metadata=dict(file.metadata)
-    )
+    found = diffusion_model(file.tensors, name)
+    with by_the_host(name):
+        found, _ = comfy.utils.convert_old_quants(found, "", metadata=dict(file.metadata))
     shape = checked_config(found, name)
     found = with_axes(found)
     config = SD35ModelConfig(replace(shape, axes=AXES in found))
@@ -113,7 +142,8 @@ def model_from(
     resting.cache_modulations(patcher, modulation_cache)
     if not patcher.is_dynamic() and not quantized:
         found = {key: tensor.to(dtype) for key, tensor in found.items()}
-    model.load_model_weights(found, "", assign=not quantized)
+    with by_the_host(name):
+        model.load_model_weights(found, "", assign=not quantized)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
     patcher.cached_patcher_init = (load_model, (str(file.path), weight_dtype, modulation_cache))
@@ -140,7 +170,8 @@ def _weight_dtype(tensors: StateDict, supported: list[torch.dtype], quantized: b
 def vae_from(file: ModelFile) -> Any:
     """The VAE in a file. Raises CheckpointError when it isn't one for SD3.5."""
     found = under(file.tensors, "first_stage_model.") or dict(file.tensors)
-    vae = comfy.sd.VAE(sd=found, metadata=file.metadata)
+    with by_the_host(f"'{file.path.name}'"):
+        vae = comfy.sd.VAE(sd=found, metadata=file.metadata)
     if vae.first_stage_model is None or vae.latent_channels != 16:
         seen = "none" if vae.first_stage_model is None else f"{vae.latent_channels} channels"
         raise CheckpointError(

@@ -18,7 +18,7 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from torch import Tensor, nn
 
 from ...sd35_core.errors import SettingError
-from ...sd35_core.packing import check_packed, format_named, packed_under, unpack
+from ...sd35_core.packing import FORMATS, check_packed, format_named, packed_under, unpack
 from .resting import RestingPatcher
 
 
@@ -98,14 +98,16 @@ def operations(dtype: Any, compute_dtype: Any) -> Any:
             missing: list[str], *rest: Any,
         ) -> None:  # fmt: skip
             packed = packed_under(state_dict, prefix)
-            form = format_named(packed, prefix[:-1])[0] if packed else None
-            if form is None or form.removesuffix(" with convrot") in QUANT_ALGOS:
+            form = format_named(packed, prefix[:-1])[0] if packed else ""
+            of_the_host = not form or form.removesuffix(" with convrot") in QUANT_ALGOS
+            shape = (self.out_features, self.in_features)
+            if form in FORMATS or not of_the_host:
+                check_packed(packed, shape, prefix[:-1])
+            if of_the_host:
                 super()._load_from_state_dict(
                     state_dict, prefix, local_metadata, strict, missing, *rest
                 )
                 return
-            shape = (self.out_features, self.in_features)
-            check_packed(packed, shape, prefix[:-1])
             for name in packed:
                 del state_dict[prefix + name]
             device, compute = self.factory_kwargs["device"], self.factory_kwargs["dtype"]

@@ -14,8 +14,8 @@ from comfy.text_encoders.sd3_clip import SD3ClipModel, SD3Tokenizer, t5_xxl_dete
 
 from ...sd35_core.checkpoint import StateDict, under
 from ...sd35_core.errors import CheckpointError, SettingError
-from ...sd35_core.text_encoder import encoder_configs
-from .loading import ModelFile, read
+from ...sd35_core.text_encoder import check_encoder, encoder_configs
+from .loading import ModelFile, by_the_host, read
 
 CLIP_MARK = "text_model.final_layer_norm.weight"
 MARKS = {
@@ -42,11 +42,12 @@ def encoders_in(file: ModelFile) -> dict[str, StateDict]:
 def read_encoder(name: str, path: Path) -> StateDict:
     """One text encoder's file. Raises CheckpointError when it holds another model."""
     file = read(path)
-    tensors, _ = comfy.utils.convert_old_quants(dict(file.tensors), "", metadata=file.metadata)
+    with by_the_host(f"'{path.name}'"):
+        tensors, _ = comfy.utils.convert_old_quants(dict(file.tensors), "", metadata=file.metadata)
     if "transformer.resblocks.0.ln_1.weight" in tensors:
         return tensors
     mark, width = MARKS[name]
-    seen = tensors[mark].shape[0] if mark in tensors else None
+    seen = tensors[mark].numel() if mark in tensors else None
     if seen is None or (seen != width and seen >= TINY):
         raise CheckpointError(
             f"'{path.name}' is not the text encoder {name}: "
@@ -78,9 +79,11 @@ def clip_from(file: ModelFile, paths: dict[str, str | None], disable_dynamic: bo
             f"No text encoder: '{file.path.name}' holds none, and none was chosen. Choose clip_l, "
             "clip_g or t5xxl files, or set all three to 'none' if prompts are encoded elsewhere."
         )
-    widths = [sd[CLIP_MARK].shape[0] for sd in encoders.values() if CLIP_MARK in sd]
+    widths = [sd[CLIP_MARK].numel() for sd in encoders.values() if CLIP_MARK in sd]
     tiny = any(width < TINY for width in widths)
-    clip = (_tiny if tiny else _published)(encoders, file, disable_dynamic)
+    names = sorted({Path(path).name if path else file.path.name for path in paths.values()})
+    with by_the_host(" or ".join(f"'{name}'" for name in names)):
+        clip = (_tiny if tiny else _published)(encoders, file, disable_dynamic)
     clip.patcher.cached_patcher_init = (load_clip, (str(file.path), paths))
     return clip
 
@@ -132,6 +135,10 @@ class TinySD3Clip(SD3ClipModel):
 
 def _tiny(encoders: dict[str, StateDict], file: ModelFile, disable_dynamic: bool) -> Any:
     configs = encoder_configs(file.metadata, file.path.name)
+    for name, config in configs.items():
+        if name in encoders:
+            source = f"The text encoder {name} for '{file.path.name}'"
+            check_encoder(encoders[name], config, source)
     described = {name: config.described() for name, config in configs.items()}
     params = {
         "clip_l": "clip_l" in encoders,

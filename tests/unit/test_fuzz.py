@@ -21,14 +21,32 @@ pytest.importorskip("hypothesis", reason="hypothesis comes with python tools/tes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
+from torch import Tensor
 
 from sd35_core import headers
-from sd35_core.checkpoint import DTYPES, TensorFile, checked_config, diffusion_model
+from sd35_core.checkpoint import (
+    DTYPES,
+    StateDict,
+    TensorFile,
+    checked_config,
+    diffusion_model,
+    load,
+    shapes_of,
+)
+from sd35_core.config import MMDiTXConfig
+from sd35_core.controlnet import load_controlnet
 from sd35_core.errors import SD35Error
+from sd35_core.packing import FORMATS, GROUP, VQ2
 from sd35_core.preflight import Model
-from sd35_core.text_encoder import encoder_configs
+from sd35_core.quantization import Plan, quantized
+from sd35_core.text_encoder import SIZES as ENCODER_SIZES
+from sd35_core.text_encoder import check_encoder, encoder_configs
 from sd35_core.training import TrainingConfig, read_config
 from sd35_core.workflow import check, files_under
+
+from .models import random_inputs, random_model, random_weights
+from .test_checkpoint import to_diffusers
+from .test_controlnet import embedder
 
 INPUTS = int(os.environ.get("SD35_FUZZ_INPUTS", 0))
 SECONDS = 5.0
@@ -199,6 +217,212 @@ def test_gguf(tmp_path_factory: pytest.TempPathFactory, sound_gguf: bytes) -> No
 def test_metadata(text: str, outer: str, inner: str) -> None:
     described = inner.replace("%s", text)
     survives(lambda: encoder_configs({"sd35_config": outer.replace("%s", described)}, "a file"))
+
+
+ENCODER = st.fixed_dictionaries(
+    dict.fromkeys(ENCODER_SIZES, st.sampled_from([1, 2, 48, 100, 101, 16384, 10**6]) | SIZES | JUNK)
+)
+
+
+@WRITTEN
+@given(ENCODER, ENCODER, st.sets(st.integers(0, 10**6), max_size=3))
+def test_sizes_of_text_encoders(first: Any, second: Any, layers: set[int]) -> None:
+    metadata = {"sd35_config": json.dumps({"text_encoders": {"clip_l": first, "clip_g": second}})}
+    configs = survives(lambda: encoder_configs(metadata, "a file"))
+    tensors = {f"text_model.encoder.layers.{i}.mlp.fc1.bias": torch.zeros(4) for i in layers}
+    for config in (configs or {}).values():
+        assert config.hidden_size <= 16384 and config.num_hidden_layers <= 100
+        assert config.hidden_size % config.num_attention_heads == 0
+        survives(lambda config=config: check_encoder(tensors, config, "a file"))
+
+
+PACKABLE = MMDiTXConfig(1, 128, 64, 40, 4, qk_norm=True, dual_blocks=(0,))
+"""The smallest model whose layers can have 2 bits."""
+
+
+@pytest.fixture(scope="module")
+def packed() -> dict[str, StateDict]:
+    """A model and a ControlNet with layers of every format."""
+    model = quantized(random_weights(PACKABLE), Plan(2))[0]
+    control = quantized(embedder("8b", 1).state_dict(), Plan(2))[0]
+    for tensors, layer in ((model, "joint_blocks.0.x_block"), (control, "transformer_blocks.0")):
+        fp8 = {"weight": torch.zeros(384, 128).to(torch.float8_e4m3fn)}
+        fp8 |= {"weight_scale": torch.tensor(1.0), "comfy_quant": as_entry({"format": FORMATS[1]})}
+        del tensors[f"{layer}.attn.qkv.weight_codebook"]
+        tensors |= {f"{layer}.attn.qkv.{name}": tensor for name, tensor in fp8.items()}
+    return {"model": model, "control": control}
+
+
+def as_entry(said: Any) -> Tensor:
+    return torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+
+
+QUANT = st.fixed_dictionaries(
+    {"format": st.sampled_from([*FORMATS, "nvfp4", "float8_e5m2"]) | JUNK},
+    optional={
+        "version": st.sampled_from([0, 1, 2, True, "1"]) | JUNK,
+        "group_size": st.sampled_from([GROUP, 64, 0]) | JUNK,
+        "convrot": JUNK,
+        "params": st.fixed_dictionaries({}, optional={"convrot": JUNK}) | JUNK,
+    },
+)
+TYPES = st.sampled_from(sorted({*DTYPES.values()}, key=str))
+SIDES = st.sampled_from([0, 1, 4, 32, 40, 64, 128, 256, 384, 512])
+ENTRY_TENSORS = st.one_of(
+    st.none(),
+    QUANT.map(as_entry),
+    JUNK.map(as_entry),
+    st.tuples(QUANT.map(as_entry), TYPES).map(lambda both: both[0].to(both[1])),
+    QUANT.map(lambda said: as_entry(said)[None]),
+    st.binary(max_size=5).map(lambda text: torch.tensor(list(text), dtype=torch.uint8)),
+    st.just(5000).map(lambda length: torch.zeros(length, dtype=torch.uint8)),
+    st.tuples(
+        st.lists(SIDES, max_size=2), TYPES, st.sampled_from([0.0, 1.0, 300.0, torch.nan])
+    ).map(lambda each: torch.full(each[0], each[2]).to(each[1])),
+)
+LAYERS = {
+    "model": ["joint_blocks.0.x_block.attn.qkv", "joint_blocks.0.x_block.mlp.fc1",
+              "joint_blocks.0.x_block.attn2.proj", "context_embedder", "x_embedder.proj",
+              "joint_blocks.0.x_block.attn.ln_q", "final_layer.linear", "y_embedder.mlp.0",
+              "joint_blocks.0.x_block.odd", ""],
+    "control": ["transformer_blocks.0.attn.qkv", "transformer_blocks.0.mlp.fc2", "x_embedder.proj",
+                "controlnet_blocks.0", "pos_embed_input.proj", "t_embedder.mlp.0", "odd", ""],
+}  # fmt: skip
+SUFFIXES = ["comfy_quant", "weight", "weight_scale", "weight_codebook", "bias", "input_scale", "x"]
+
+
+@st.composite
+def damaged_layers(draw: st.DrawFn, layers: list[str]) -> dict[str, Tensor | None]:
+    """Entries to put in place of a packed file's own; None takes one away."""
+    keys = st.tuples(st.sampled_from(layers), st.sampled_from(SUFFIXES)).map(".".join)
+    return draw(st.dictionaries(keys, ENTRY_TENSORS, min_size=1, max_size=3))
+
+
+@pytest.mark.parametrize("kind", ["model", "control"])
+def test_packed_layers(
+    kind: str, packed: dict[str, StateDict], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What is loaded also runs: nothing is left to fail, bare, while a picture is drawn."""
+    path = tmp_path_factory.getbasetemp() / f"packed {kind}.safetensors"
+    x, timestep, context, y = random_inputs(PACKABLE, batch=1, size=(4, 4))
+    base = random_model(PACKABLE)
+
+    def read_and_run() -> Tensor:
+        if kind == "model":
+            return load(path, dtype=torch.float32)(x, timestep, context, y)
+        return load_controlnet(path, dtype=torch.float32)(base, x, timestep, y, x)[0]
+
+    @WRITTEN
+    @given(damaged_layers(LAYERS[kind]))
+    def read(changes: dict[str, Tensor | None]) -> None:
+        whole = {**packed[kind], **changes}
+        path.write_bytes(save({key: tensor for key, tensor in whole.items() if tensor is not None}))
+        with torch.no_grad():
+            survives(read_and_run)
+        survives(lambda: headers.model_in(path))
+
+    path.write_bytes(save(packed[kind]))
+    assert VQ2.encode() in path.read_bytes() and read_and_run().shape[0] == 1
+    read()
+
+
+NUMBERS = st.sampled_from(
+    [
+        "0",
+        "1",
+        "2",
+        "00",
+        "99",
+        "200",
+        "9999",
+        "10000",
+        "999999999",
+        "9" * 5000,
+        "-1",
+        "1e3",
+        "²",
+        "٣",
+    ]
+) | st.text("0123456789.-_ x", max_size=6)
+FAMILIES = st.sampled_from(
+    ["joint_blocks", "transformer_blocks", "controlnet_blocks", "lora_unet_joint_blocks"]
+)
+
+
+@pytest.fixture(scope="module")
+def sound() -> list[StateDict]:
+    weights = random_weights()
+    return [weights, to_diffusers(weights), dict(embedder("2b").state_dict())]
+
+
+def test_block_numbers(sound: list[StateDict], tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "blocks.safetensors"
+    keys = st.tuples(
+        FAMILIES,
+        st.sampled_from([".", "_"]),
+        NUMBERS,
+        st.sampled_from([".weight", ".x_block.mlp.fc1.bias", ".attn.to_q.weight", "_x", "."]),
+    ).map("".join)
+
+    @WRITTEN
+    @given(st.integers(0, 2), st.sets(keys, min_size=1, max_size=3))
+    def read(which: int, more: set[str]) -> None:
+        shapes = {key: torch.zeros(shape) for key, shape in shapes_of(sound[which]).items()}
+        path.write_bytes(save({**shapes, **{key: torch.zeros(2) for key in more}}))
+        survives(lambda: load(path))
+        survives(lambda: load_controlnet(path))
+        survives(lambda: headers.model_in(path))
+        survives(lambda: headers.control_in(path))
+        survives(lambda: headers.matched_keys(path, Model(depth=4, hidden=128)))
+
+    read()
+
+
+def test_gguf_metadata(tmp_path_factory: pytest.TempPathFactory) -> None:
+    gguf = pytest.importorskip("gguf", reason="gguf is optional; python tools/test.py gets it")
+    from sd35_core.gguf_file import SHAPE, GGUFFile
+
+    path = tmp_path_factory.getbasetemp() / "metadata.gguf"
+    types = gguf.GGUFValueType
+    whole = st.integers(0, 2**31 - 1)
+    value = st.one_of(
+        st.tuples(st.text(max_size=6), st.just(types.STRING)),
+        st.tuples(whole, st.just(types.UINT32)),
+        st.tuples(st.integers(-(2**63), 2**63 - 1), st.just(types.INT64)),
+        st.tuples(st.floats(width=32), st.just(types.FLOAT32)),
+        st.tuples(st.booleans(), st.just(types.BOOL)),
+        st.tuples(
+            st.lists(st.sampled_from([1, 4, 8, 32, 0, -1, 2**31 - 1]), min_size=1, max_size=4)
+            | st.lists(st.text(max_size=4), min_size=1, max_size=3)
+            | st.lists(st.floats(width=32), min_size=1, max_size=3)
+            | st.lists(st.booleans(), min_size=1, max_size=3),
+            st.just(types.ARRAY),
+        ),
+    )
+    key = st.sampled_from(
+        ["general.architecture", "general.name", "general.alignment", SHAPE + "pos_embed",
+         SHAPE + "joint_blocks.0.x_block.attn.qkv.weight", SHAPE, "x"]
+    )  # fmt: skip
+
+    @WRITTEN
+    @given(st.dictionaries(key, value, max_size=4))
+    def read(about: dict[str, tuple[Any, Any]]) -> None:
+        writer = gguf.GGUFWriter(path, "sd3")
+        for name, (said, kind) in about.items():
+            writer.kv_data[0].pop(name, None)
+            writer.add_key_value(name, said, kind)
+        writer.add_tensor("pos_embed", torch.zeros(4, 8).numpy())
+        writer.add_tensor("joint_blocks.0.x_block.attn.qkv.weight", torch.zeros(4, 32).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        file = survives(lambda: GGUFFile(path))
+        for tensor in file or ():
+            survives(lambda tensor=tensor: file[tensor])
+        survives(lambda: headers.model_in(path))
+
+    read()
 
 
 TRICKS = ["../../etc/passwd", "/etc/passwd", "..\\..\\x", "C:\\x", "\0", "a" * 5000, "CON", "."]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -274,3 +278,84 @@ def test_the_command_line_writes_beside_the_file(
     assert quantization.main([str(model_file.with_name("gone.safetensors"))]) == 1
     assert "gone.safetensors" in caplog.text
     assert load_file(model_file)
+
+
+def test_a_file_that_another_wrote_is_never_replaced(model_file: Path) -> None:
+    """The new one has a number, which a second run takes again; what this wrote is replaced."""
+    name = model_file.with_name("model_int8.safetensors")
+    first, report = quantize_file(model_file, Plan(8))
+    again, _ = quantize_file(model_file, Plan(8))
+    assert (first, again, report.note) == (name, name, "")
+    save_file({"mine": torch.ones(1)}, name)
+    mine, second = name.read_bytes(), name.with_name("model_int8_2.safetensors")
+    for _ in range(2):
+        out, report = quantize_file(model_file, Plan(8))
+        assert out == second and name.read_bytes() == mine
+        said = (
+            "'model_int8.safetensors' is there already and was not written by SD3.5 Quantize; "
+            "wrote 'model_int8_2.safetensors'."
+        )
+        assert report.text().endswith(said)
+    assert {p.name for p in model_file.parent.iterdir()} == {model_file.name, name.name, out.name}
+
+
+def not_a_model(path: Path, source: Path) -> None:
+    path.write_bytes(b"no model")
+
+
+def a_link_to_the_source(path: Path, source: Path) -> None:
+    path.symlink_to(source)
+
+
+def a_dangling_link(path: Path, source: Path) -> None:
+    path.symlink_to(path.with_name("nowhere"))
+
+
+def a_pipe(path: Path, source: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_folder(path: Path, source: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links and pipes as POSIX has them")
+@pytest.mark.parametrize(
+    "put", [not_a_model, a_link_to_the_source, a_dangling_link, a_pipe, a_folder]
+)
+def test_whatever_has_the_name_stays_as_it_is(
+    put: Callable[[Path, Path], None], model_file: Path
+) -> None:
+    name, source = model_file.with_name("model_int8.safetensors"), model_file.read_bytes()
+    put(name, model_file)
+    kind = stat.S_IFMT(name.lstat().st_mode)
+    assert quantize_file(model_file, Plan(8))[0].name == "model_int8_2.safetensors"
+    assert model_file.read_bytes() == source and stat.S_IFMT(name.lstat().st_mode) == kind
+    assert not name.with_name("nowhere").exists()
+
+
+def test_a_name_that_was_asked_for_is_refused_before_the_work(
+    model_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = model_file.with_name("mine.safetensors")
+    out.write_bytes(b"mine")
+    with monkeypatch.context() as patch:
+        patch.delattr(quantization, "quantized")
+        assert quantization.main([str(model_file), "--out", str(out)]) == 1
+        assert quantization.main([str(model_file), "--out", str(model_file)]) == 1
+    assert "mine.safetensors' is there already and was not written by SD3.5 Q" in caplog.text
+    assert "Choose another name, or move that file away" in caplog.text
+    assert out.read_bytes() == b"mine"
+    for _ in range(2):
+        assert quantization.main([str(model_file), "--out", str(out.with_name("new"))]) == 0
+
+
+def test_a_name_that_is_taken_during_the_work_stays_with_who_took_it(model_file: Path) -> None:
+    name = model_file.with_name("model_int8.safetensors")
+
+    def taken(done: int, total: int) -> None:
+        name.write_bytes(b"mine")
+
+    with pytest.raises(CheckpointError, match="int8.safetensors' is there already and was not rep"):
+        quantize_file(model_file, Plan(8), on_layer=taken)
+    assert name.read_bytes() == b"mine"

@@ -1,0 +1,126 @@
+"""Made-up workflows, in both formats: what the check and the canvas say of them, or a refusal."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("hypothesis", reason="hypothesis comes with python tools/test.py")
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sd35_core.errors import SD35Error
+from sd35_core.panels import answer
+from sd35_core.workflow import check, files_under
+
+from ..fuzzing import JUNK, TRICKS, WRITTEN
+
+SECONDS = 1.0
+"""Of a processor, with a budget of half of it."""
+NUMBERS = st.sampled_from(
+    [0, 1, -1, 5, 10_000, 10**9, 2**63, 2**64, 10**400, 0.5, 1e-300, 5e-324, 1e300, -0.0,
+     float("nan"), float("inf")]
+)  # fmt: skip
+LISTS = st.sampled_from(["7, 8, 9", "0-9999," * 50, "9-1", "-", "1" * 5_000, "٣"])
+LINKS = st.tuples(st.sampled_from(["1", "2", "3", "4", "5"]), st.integers(-1, 2)).map(list)
+VALUES = (
+    JUNK | NUMBERS | LISTS | LINKS | st.sampled_from(TRICKS)
+    | st.sampled_from(["normal", "beta", "karras", "exponential", "simple", "none", "dpmpp_2m"])
+)  # fmt: skip
+CLASSES = st.sampled_from(
+    [
+        "SD35Loader", "SD35Sampler", "SkipLayerGuidance", "SD35ControlNetApply", "LoraLoader",
+        "SD35ControlNetLoader", "CLIPTextEncode", "KSampler", "EmptySD3LatentImage", "VAEEncode",
+        "CheckpointLoaderSimple", "SD35StepCache", "SD35Sigmas", "SamplerCustom", "SD35Check",
+        "ModelSamplingSD3", "SkipLayerGuidanceDiT", "Reroute", "VAEDecode", "LatentUpscale",
+        "SD35SkipLayerSweep", "SamplerCustomAdvanced", "ConditioningZeroOut",
+    ]
+) | st.text(max_size=6)  # fmt: skip
+NAMES = st.sampled_from(
+    [
+        "model", "positive", "negative", "latent", "steps", "cfg", "shift", "schedule", "denoise",
+        "layers", "scale", "start", "end", "control_net", "lora_name", "ckpt_name", "vae", "text",
+        "width", "height", "clip", "t5xxl", "sampler", "image", "batch_size", "latent_image",
+        "strength", "strength_model", "scheduler", "sampler_name", "sigmas", "guider", "samples",
+    ]
+)  # fmt: skip
+WIDGETS = st.fixed_dictionaries(
+    {"steps": st.integers(1, 40) | NUMBERS, "schedule": VALUES, "denoise": NUMBERS},
+    optional={"shift": NUMBERS, "cfg": NUMBERS, "model": LINKS, "latent": LINKS,
+              "positive": LINKS, "negative": LINKS, "sampler": VALUES},
+)  # fmt: skip
+SAMPLER = st.fixed_dictionaries({"class_type": st.just("SD35Sampler"), "inputs": WIDGETS})
+ANY_NODE = st.fixed_dictionaries(
+    {"class_type": CLASSES | JUNK, "inputs": st.dictionaries(NAMES, VALUES, max_size=12)}
+)
+API = st.dictionaries(
+    st.sampled_from(["1", "2", "3", "4", "5"]), SAMPLER | ANY_NODE, max_size=5
+)  # fmt: skip
+SLOT = st.fixed_dictionaries(
+    {"name": NAMES | JUNK}, optional={"link": st.integers(0, 5) | JUNK, "widget": JUNK}
+)
+NODE = st.fixed_dictionaries(
+    {"id": st.integers(0, 5) | JUNK, "type": CLASSES | JUNK},
+    optional={
+        "inputs": st.lists(SLOT | JUNK, max_size=6) | JUNK,
+        "widgets_values": st.lists(VALUES, max_size=10) | JUNK,
+        "mode": st.sampled_from([0, 2, 4]) | JUNK,
+        "properties": JUNK | st.fixed_dictionaries({"sd35_recipe": VALUES}),
+    },
+)
+LINK = st.tuples(*[st.integers(0, 5)] * 5, st.just("MODEL")).map(list)
+CANVAS = st.fixed_dictionaries(
+    {
+        "nodes": st.lists(NODE | JUNK, max_size=6) | JUNK,
+        "links": st.lists(LINK | JUNK, max_size=6) | JUNK,
+    },
+    optional={"definitions": JUNK},
+)
+WORKFLOW = API | CANVAS | st.dictionaries(st.text(max_size=8), JUNK, max_size=4)
+
+
+def survives(read: Callable[[], Any]) -> Any:
+    """What `read` gives; None after one of our errors. Anything else it raises is a finding."""
+    started = time.thread_time()
+    try:
+        return read()
+    except SD35Error as error:
+        assert len(str(error)) > 20
+        return None
+    finally:
+        assert time.thread_time() - started < SECONDS
+
+
+@WRITTEN
+@given(WORKFLOW)
+def test_workflow(tmp_path_factory: pytest.TempPathFactory, workflow: dict[str, Any]) -> None:
+    models = tmp_path_factory.getbasetemp() / "models"
+    outside = models.parent.resolve()
+    find = files_under(models)
+
+    def inside(folder: str, name: str) -> Path | None:
+        path = find(folder, name)
+        assert path is None or models.resolve() in path.resolve().parents, (path, outside)
+        return path
+
+    survives(lambda: check(workflow, inside))
+
+
+@WRITTEN
+@given(WORKFLOW | st.fixed_dictionaries({"prompt": API | JUNK, "nodes": JUNK}), st.integers(0, 30))
+def test_plan(workflow: dict[str, Any], cut: int) -> None:
+    """What the canvas asks, whole or with a few bytes missing."""
+    body = json.dumps(workflow).encode()
+    find = files_under(None)
+    found = survives(lambda: answer(body[: len(body) - cut], find, SECONDS / 2))
+    panels = json.loads(found, parse_constant=pytest.fail) if found else {}
+    for panel in panels.values():
+        words = [text for _, text in panel.get("findings", [])] + [panel.get("error") or ""]
+        assert not any(set(text) & {"\n", "\x1b", "\ud800"} for text in words)
+        assert len(panel.get("levels", ())) <= 10_000
