@@ -11,11 +11,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from sd35_core.words import printable
+
 from . import batch, cluster, files, workflow
-from .client import Client, Step
-from .errors import AutomationError
+from .client import LARGEST_FILE, Client, Step
+from .errors import AutomationError, ServerError
 from .jobs import Table
 from .manifest import ASIDE, DONE
+from .outside import is_safe_name, shown
 
 SERVER = "http://127.0.0.1:8188"
 
@@ -60,6 +63,14 @@ def parser() -> argparse.ArgumentParser:
         "--patience", type=float, default=120, help="seconds a server may be away (default: 120)"
     )
     many.add_argument("--again", action="store_true", help="also what was set aside before")
+    for command in (run, many):
+        command.add_argument(
+            "--largest",
+            type=int,
+            default=LARGEST_FILE // 10**6,
+            metavar="MB",
+            help="of one file that is fetched (default: %(default)s)",
+        )
     return made
 
 
@@ -75,7 +86,7 @@ def overrides(given: list[str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def shown(prompt: workflow.Workflow) -> Iterator[Callable[[Step], None]]:
+def progress(prompt: workflow.Workflow) -> Iterator[Callable[[Step], None]]:
     """A progress bar; where tqdm is not installed, none."""
     try:
         from tqdm import tqdm
@@ -94,17 +105,21 @@ def shown(prompt: workflow.Workflow) -> Iterator[Callable[[Step], None]]:
 
 async def run(options: argparse.Namespace) -> None:
     prompt = workflow.overridden(workflow.read(options.workflow), overrides(options.set))
-    async with Client(options.server) as client:
-        with shown(prompt) as show:
+    async with Client(options.server, largest=options.largest * 10**6) as client:
+        with progress(prompt) as show:
             result = await client.run(prompt, show)
         for file in result.files:
+            if not is_safe_name(file.filename):
+                raise ServerError(
+                    f"{client.url} names a file {shown(file.filename)}, which not every system can "
+                    "keep. Set another filename_prefix in the workflow."
+                )
             data = await client.fetch(file)
-            path = files.free(options.out / file.filename)
-            await asyncio.to_thread(files.write, path, data)
-            print(path)
+            print(await asyncio.to_thread(files.write_new, options.out / file.filename, data))
         for node, texts in result.texts.items():
+            name = printable(workflow.title(prompt[node]) if node in prompt else node)
             for text in texts:
-                print(f"{workflow.title(prompt[node]) if node in prompt else node}: {text}")
+                print(f"{name}: " + "\n".join(map(printable, text.splitlines())))
 
 
 async def run_batch(options: argparse.Namespace) -> None:
@@ -115,7 +130,9 @@ async def run_batch(options: argparse.Namespace) -> None:
     table = Table(options.jobs, options.workflow, seeds)
     urls = list(dict.fromkeys(options.server or ([] if options.ray else [SERVER])))
     with contextlib.ExitStack() as stack:
-        servers: list[batch.Server] = [Client(url, options.patience) for url in urls]
+        servers: list[batch.Server] = [
+            Client(url, options.patience, options.largest * 10**6) for url in urls
+        ]
         total = table.count()
         if options.ray:
             servers += stack.enter_context(workers(options))

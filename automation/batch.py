@@ -10,36 +10,34 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AsyncExitStack
-from itertools import islice
-from pathlib import Path, PurePosixPath
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any, Protocol
 
-from .client import File, Result
+from .answers import File, Result
 from .errors import RefusedError, RunError, ServerError
 from .files import Place
 from .jobs import Job, Table
-from .manifest import ASIDE, DONE, Manifest, opened
+from .manifest import ASIDE, DONE, opened
+from .outside import suffix_of
+from .waiting import Waiting
 from .workflow import Workflow
 
 log = logging.getLogger("sd35.automation")
 
-WINDOW = 1000
-"""Jobs that are read ahead and grouped by what they load."""
-TAKEN = 50
-"""Jobs of a group that a server takes at once."""
-ATTEMPTS = 3
 AT_ONCE = 2
 """Prompts a server: one is drawn while the next one waits there."""
+ENTER_SECONDS = 5.0
+"""How long the first servers wait for the others, which may have prompts from a killed driver."""
 
 
 class Server(Protocol):
     """What a batch needs of a server: client.Client has it, and cluster.Worker."""
 
     url: str
+    kind: str
+    """Servers of one kind do the same with a job; one is asked for all when it failed."""
     host: str
     """For the manifest: the same, or where Ray has put it."""
 
@@ -49,80 +47,6 @@ class Server(Protocol):
     async def known(self) -> set[str]: ...
     async def run(self, workflow: Workflow, *, prompt_id: str) -> Result: ...
     async def save(self, file: File, place: Place, name: str) -> str: ...
-
-
-class Waiting:
-    """The jobs that are still to be done, for whichever server asks next."""
-
-    def __init__(self, jobs: Iterator[Job], manifest: Manifest, again: bool):
-        self.missing = (job for job in jobs if manifest.missing(job, again))
-        self.manifest = manifest
-        self.groups: dict[str, dict[str, deque[Job]]] = {}
-        """Model files -> texts -> jobs."""
-        self.taken: defaultdict[str, deque[Job]] = defaultdict(deque)
-        self.adopted: defaultdict[str, deque[Job]] = defaultdict(deque)
-        """Jobs that a server has from a driver that was killed."""
-        self.known: dict[str, str] = {}
-        """Prompt -> the server that has it."""
-        self.files: dict[str, str] = {}
-        """Server -> the model files that it has loaded."""
-        self.active = 0
-        """Jobs that a server has now; it may be lost, and they come back."""
-
-    def left(self) -> bool:
-        """Whether there are jobs that no server has yet."""
-        self._read()
-        return bool(self.groups or any(self.taken.values()) or any(self.adopted.values()))
-
-    def prompt_id(self, job: Job, attempt: int) -> str:
-        return str(uuid.uuid5(self.manifest.batch, f"{job.id} {job.inputs()} {attempt}"))
-
-    def next(self, server: str) -> Job | None:
-        """A job for a server: what it has already, what shares files and texts with its last one,
-        what nobody has, or half of what the busiest one has taken."""
-        self._read()
-        if self.adopted[server]:
-            return self.adopted[server].popleft()
-        mine = self.taken[server]
-        if not mine and self.groups:
-            self._take(server)
-        elif not mine:
-            others = max(self.taken.values(), key=len)
-            for _ in range((len(others) + 1) // 2):
-                mine.appendleft(others.pop())
-        return mine.popleft() if mine else None
-
-    def _read(self) -> None:
-        while not self.groups and (window := list(islice(self.missing, WINDOW))):
-            for job in window:
-                prompt = self.prompt_id(job, self.manifest.attempts(job) + 1)
-                if prompt in self.known:
-                    self.adopted[self.known[prompt]].append(job)
-                else:
-                    self._put(job)
-
-    def _put(self, job: Job) -> None:
-        files, texts = job.group()
-        self.groups.setdefault(files, {}).setdefault(texts, deque()).append(job)
-
-    def _take(self, server: str) -> None:
-        files = self.files.get(server, "")
-        if files not in self.groups:
-            loaded = list(self.files.values())
-            files = self.files[server] = min(self.groups, key=loaded.count)
-        by_text = self.groups[files]
-        texts, jobs = next(iter(by_text.items()))
-        while jobs and len(self.taken[server]) < TAKEN:
-            self.taken[server].append(jobs.popleft())
-        if not jobs:
-            del by_text[texts]
-        if not by_text:
-            del self.groups[files]
-
-    def give_back(self, server: str, *jobs: Job) -> None:
-        """Jobs whose server is gone, and what only that one had."""
-        for lost in (*jobs, *self.taken.pop(server, ()), *self.adopted.pop(server, ())):
-            self._put(lost)
 
 
 async def run(
@@ -141,100 +65,133 @@ async def run(
     """
     counts = {DONE: 0, ASIDE: 0}
     place = Place(pictures or str(folder))
-    async with AsyncExitStack() as stack:
-        manifest = stack.enter_context(opened(folder, place))
+    with opened(folder, place) as manifest:
         waiting = Waiting(table.jobs(), manifest, again)
-        inside: list[Server] = []
-
-        @stack.push_async_callback
-        async def leave() -> None:
-            await asyncio.gather(*(server.__aexit__(None, None, None) for server in inside))
-
-        async def enter(server: Server) -> None:
-            await server.__aenter__()
-            inside.append(server)
-            waiting.known.update(dict.fromkeys(await server.known(), server.url))
+        entering = Entering(len(servers))
 
         def ended(status: str) -> None:
             counts[status] += 1
             done(status)
 
-        entered = await asyncio.gather(*map(enter, servers), return_exceptions=True)
-        for error in filter(None, entered):
-            raise error
-        works = [asyncio.create_task(_serve(each, waiting, place, ended)) for each in servers]
-        try:
-            lost: list[ServerError] = []
+        lost: list[ServerError] = []
+        async with together(_serve(s, waiting, place, ended, entering) for s in servers) as works:
             for work in asyncio.as_completed(works):
                 error = await work
                 if error is not None:
                     lost.append(error)
-                elif not waiting.active and not waiting.left():
-                    break  # what is still starting is not needed
-        finally:
-            for work in works:
-                work.cancel()
-            await asyncio.gather(*works, return_exceptions=True)
-        if waiting.left():
+                if not waiting.open():
+                    break  # what is still starting, or never ends, is not needed
+        if waiting.open():
             raise ServerError(f"{lost[0]} The same command does the jobs that are left.")
     return counts
 
 
+@asynccontextmanager
+async def together(
+    coroutines: Iterable[Coroutine[Any, Any, Any]],
+) -> AsyncIterator[list[asyncio.Task[Any]]]:
+    """Tasks that have all ended when the context is left."""
+    tasks = [asyncio.create_task(each) for each in coroutines]
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Entering:
+    """Servers begin together, or after ENTER_SECONDS without those that are still away."""
+
+    def __init__(self, count: int):
+        self.count, self.all = count, asyncio.Event()
+
+    def entered(self) -> None:
+        self.count -= 1
+        if self.count <= 0:
+            self.all.set()
+
+    async def wait(self) -> None:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.all.wait(), ENTER_SECONDS)
+
+
 async def _serve(
-    server: Server, waiting: Waiting, place: Place, ended: Callable[[str], None]
+    server: Server,
+    waiting: Waiting,
+    place: Place,
+    ended: Callable[[str], None],
+    entering: Entering,
 ) -> ServerError | None:
     """Keep one server busy until there are no jobs; the error when it is gone."""
     try:
-        about = (await server.about())["system"]
+        async with AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(server)
+                waiting.known.update(dict.fromkeys(await server.known(), server.url))
+            finally:
+                entering.entered()
+            await entering.wait()
+            about = (await server.about())["system"]
+            versions = {"comfyui": about["comfyui_version"], "torch": about.get("pytorch_version")}
+            waiting.kinds[server.url] = server.kind
+            works = (_work(server, waiting, place, ended, versions) for _ in range(AT_ONCE))
+            await asyncio.gather(*await stack.enter_async_context(together(works)))
     except ServerError as error:
         log.warning("%s", error)
-        waiting.give_back(server.url)
+        waiting.lose(server.url)
         return error
-    versions = {"comfyui": about["comfyui_version"], "torch": about.get("pytorch_version")}
+    return None
 
-    async def work() -> ServerError | None:
-        while (job := waiting.next(server.url)) is not None or waiting.active:
-            if job is None:
-                await asyncio.sleep(0.2)
+
+async def _work(
+    server: Server,
+    waiting: Waiting,
+    place: Place,
+    ended: Callable[[str], None],
+    versions: dict[str, Any],
+) -> None:
+    """Do one job after the other. Raises ServerError when the server is gone."""
+    while waiting.open():
+        job = waiting.next(server.url)
+        if job is None:
+            await asyncio.sleep(0.2)
+            continue
+        try:
+            entry = await _do(server, waiting, job, place)
+            if entry is None:
                 continue
-            waiting.active += 1
-            try:
-                entry = await _do(server, waiting, job, place)
-                await waiting.manifest.add(entry | {"host": server.host, "versions": versions})
-                ended(entry["status"])
-            except ServerError as error:
-                log.warning("%s", error)
-                waiting.give_back(server.url, job)
-                return error
-            finally:
-                waiting.active -= 1
-        return None
-
-    return next(filter(None, await asyncio.gather(*(work() for _ in range(AT_ONCE)))), None)
+            await waiting.manifest.add(entry | {"host": server.host, "versions": versions})
+        except BaseException:
+            waiting.lose(server.url, job)
+            raise
+        waiting.done(job)
+        ended(entry["status"])
 
 
-async def _do(server: Server, waiting: Waiting, job: Job, place: Place) -> dict[str, Any]:
-    """Run one job, up to three times, and save its files; its line for the manifest.
+async def _do(server: Server, waiting: Waiting, job: Job, place: Place) -> dict[str, Any] | None:
+    """Run one job and save its files; its line for the manifest, or nothing when it is to be
+    tried again or another server was sooner.
 
     `seconds` there are those from `started` on, with waiting, `drawing` those of the server.
     """
-    start, error = time.time(), ""
+    start, attempt = time.time(), waiting.attempt(job)
     entry = {"job": job.id, "inputs": job.inputs(), "seed": job.seed, "tags": job.tags}
-    before = waiting.manifest.attempts(job)
-    for attempt in range(before + 1, before + ATTEMPTS + 1):
-        try:
-            result = await server.run(job.workflow, prompt_id=waiting.prompt_id(job, attempt))
-            saved = []
-            for number, file in enumerate(result.files):
-                suffix = PurePosixPath(file.filename).suffix
-                name = f"{job.id}{f'_{number}' if number else ''}{suffix}"
-                saved.append({"name": name, "sha256": await server.save(file, place, name)})
-        except (RunError, RefusedError) as failed:
-            error = str(failed)
-            continue
+    entry |= {"attempts": attempt, "started": start}
+    try:
+        result = await server.run(job.workflow, prompt_id=waiting.prompt_id(job, attempt))
+        if not waiting.claim(job, server.url):
+            return None
+        saved = []
+        for number, file in enumerate(result.files):
+            name = f"{job.id}{f'@{number}' if number else ''}{suffix_of(file.filename)}"
+            saved.append({"name": name, "sha256": await server.save(file, place, name)})
+    except (RunError, RefusedError) as error:
+        failed = waiting.fail(job, server.url, str(error))
+        if failed is None:
+            return None
+        made = {"status": ASIDE, "error": failed.error}
+    else:
         texts = [text for texts in result.texts.values() for text in texts]
-        made = {"status": DONE, "files": saved, "texts": texts, "attempts": attempt}
-        made["drawing"] = result.seconds
-        return {**entry, **made, "started": start, "seconds": round(time.time() - start, 3)}
-    aside = {"status": ASIDE, "error": error, "attempts": attempt}
-    return {**entry, **aside, "started": start, "seconds": round(time.time() - start, 3)}
+        made = {"status": DONE, "files": saved, "texts": texts, "drawing": result.seconds}
+    return {**entry, **made, "seconds": round(time.time() - start, 3)}

@@ -13,61 +13,50 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
 import aiohttp
 
+from . import answers
+from .answers import File, Result, Step
 from .errors import LostError, RefusedError, RunError, ServerError
 from .files import Place
-from .workflow import Workflow, title
+from .outside import parsed
+from .workflow import Workflow
+
+Read = Callable[[Any], Any]
 
 LOOK_SECONDS = 5.0
 """How long a prompt is followed by its events alone before the server is asked."""
 ENDED_SECONDS = 0.02
 """The same once an event says that it has ended: its history is written just after that."""
+QUICK_SECONDS = 2.0
+"""How long that is believed."""
 RESTARTS = 3
 """How often a prompt is queued when its server ends while it has it: it may be the cause."""
-TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
+ANSWER_SECONDS, FILE_SECONDS = 60, 600
+"""From the first to the last byte of an answer, and of a file."""
+LARGEST_ANSWER = 2**24
+"""Bytes of JSON."""
+LARGEST_FILE = 2**28
+"""Bytes of a file that a workflow saved, unless the caller says more."""
+LARGEST_EVENT = 2**24
+"""Bytes of a message of the websocket; a preview is one."""
+REMEMBERED = 64
+"""The last prompts of a server's history among which those of a driver that was killed are."""
+AWAY = (429, 502, 503, 504)
+"""What a proxy says while the server behind it is away."""
+REDIRECTS = range(300, 400)
 
 
-@dataclass(frozen=True)
-class File:
-    """Something that a workflow saved, as the server names it."""
-
-    node: str
-    filename: str
-    subfolder: str
-    type: str
-
-
-@dataclass(frozen=True)
-class Step:
-    """How far a node is."""
-
-    node: str
-    done: int
-    total: int
-
-
-@dataclass
-class Result:
-    """What a prompt made: files, and texts by the node that showed them.
-
-    seconds: that the server took, without waiting. cached: nodes that did not run, because the
-    server has what they gave for the same inputs.
-    """
-
-    prompt_id: str
-    files: list[File]
-    texts: dict[str, list[str]]
-    seconds: float
-    cached: frozenset[str] = frozenset()
+class AwayError(Exception):
+    """No whole answer this time; the next one may be."""
 
 
 @dataclass
@@ -75,25 +64,32 @@ class _Followed:
     """A prompt that someone waits for."""
 
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: bool = False
+    ended: float = -QUICK_SECONDS
+    """When an event said so, by the monotonic clock."""
     step: Callable[[Step], None] | None = None
 
 
 class Client:
     """One server; any number of prompts at once.
 
-    patience: seconds that a server may be away before that is an error.
+    patience: seconds that a server may be away before that is an error. largest: bytes of a file
+    that is fetched. What a server answers is held to the limits above, and when it is not as
+    ComfyUI's, that is a ServerError.
     """
 
-    def __init__(self, url: str, patience: float = 120):
+    def __init__(self, url: str, patience: float = 120, largest: int = LARGEST_FILE):
         self.url = url.rstrip("/") if "://" in url else f"http://{url.rstrip('/')}"
-        self.host = self.url
-        self.patience = patience
+        self.host = self.kind = self.url
+        self.patience, self.largest = patience, largest
         self.client_id = uuid.uuid4().hex
         self._followed: dict[str, _Followed] = {}
+        self._lost = 0
 
     async def __aenter__(self) -> Client:
-        self._session = aiohttp.ClientSession(timeout=TIMEOUT)
+        plain = {"Accept-Encoding": "identity"}  # what is packed could be of any size
+        self._session = aiohttp.ClientSession(
+            headers=plain, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
+        )
         try:
             await self.about()
         except BaseException:
@@ -110,16 +106,13 @@ class Client:
 
     async def about(self) -> dict[str, Any]:
         """The server's versions and devices. Raises ServerError when it is no ComfyUI."""
-        found = await self._ask("GET", "/system_stats")
-        if not isinstance(found, dict) or "comfyui_version" not in found.get("system", {}):
-            raise ServerError(f"{self.url} answers, but not as ComfyUI does. Is the address right?")
-        return found
+        return await self._ask(answers.about, "GET", "/system_stats")
 
     async def known(self) -> set[str]:
-        """The ids of all prompts that the server waits for, draws or has drawn."""
-        queue = await self._ask("GET", "/queue")
-        entries = [*queue["queue_running"], *queue["queue_pending"]]
-        return {entry[1] for entry in entries} | set(await self._ask("GET", "/history"))
+        """The ids of prompts that the server waits for, draws or has drawn lately."""
+        queue = await self._ask(answers.queued, "GET", "/queue")
+        past = f"/history?max_items={REMEMBERED}"
+        return set(queue) | await self._ask(answers.ended, "GET", past)
 
     async def run(
         self,
@@ -135,11 +128,16 @@ class Client:
         server is gone.
         """
         prompt_id = prompt_id or str(uuid.uuid4())
+        before = self._lost
         for _ in range(RESTARTS):
             await self.submit(workflow, prompt_id)
             result = await self.wait(prompt_id, step, workflow)
             if result is not None:
                 return result
+        if self._lost == before:
+            raise ServerError(
+                f"{self.url} took a prompt {RESTARTS} times and knows nothing of it each time."
+            )
         raise RunError(f"{self.url} was started anew {RESTARTS} times while it had this.")
 
     async def submit(self, workflow: Workflow, prompt_id: str | None = None) -> str:
@@ -153,11 +151,10 @@ class Client:
 
         async def post() -> str:
             if await self.state(prompt_id) == "unknown":
-                answer = await self._once("POST", "/prompt", body)
-                if answer.get("node_errors"):  # it was queued for the outputs that can be made
-                    await self._once("POST", "/queue", {"delete": [prompt_id]})
-                    found = {"message": "A part of the workflow can't be run"}
-                    raise RefusedError(refusal(json.dumps({"error": found, **answer})))
+                accepted = partial(answers.accepted, prompt_id=prompt_id)
+                if reasons := await self._once(accepted, "POST", "/prompt", body):
+                    await self._once(None, "POST", "/queue", {"delete": [prompt_id]})
+                    raise RefusedError(*reasons)
             return prompt_id
 
         try:
@@ -169,19 +166,23 @@ class Client:
     async def _check_nodes(self, workflow: Workflow) -> None:
         """Raises ServerError when the server lacks nodes; other servers may have them."""
         kinds = sorted({node["class_type"] for node in workflow.values()})
-        lacking = [k for k in kinds if not await self._ask("GET", f"/object_info/{quote(k, '')}")]
+        lacking = [k for k in kinds if not await self._has(k)]
         if lacking:
             raise ServerError(
                 f"{self.url} has no node {', '.join(lacking)}. Install the node pack there, start "
                 "it anew, and look at its log if the nodes are still missing."
             )
 
+    async def _has(self, kind: str) -> bool:
+        """Whether the server has a node of that class."""
+        return await self._ask(bool, "GET", f"/object_info/{quote(kind, '')}")
+
     async def state(self, prompt_id: str) -> str:
         """ "pending", "running", "ended", or "unknown" to this server."""
-        queue = await self._once("GET", "/queue")  # first: from here a prompt moves to the history
-        for name in ("running", "pending"):
-            if any(entry[1] == prompt_id for entry in queue[f"queue_{name}"]):
-                return name
+        # the queue first: from there a prompt moves to the history
+        queue = await self._once(answers.queued, "GET", "/queue")
+        if prompt_id in queue:
+            return queue[prompt_id]
         return "ended" if await self._history(prompt_id) else "unknown"
 
     async def wait(
@@ -202,9 +203,10 @@ class Client:
                     return None
                 if state == "ended":
                     found = await self._patiently(lambda: self._history(prompt_id))
-                    return None if found is None else result_of(prompt_id, found, workflow)
+                    return found and self._read(answers.result_of, prompt_id, found, workflow)
                 with contextlib.suppress(asyncio.TimeoutError):
-                    seconds = ENDED_SECONDS if followed.ended else LOOK_SECONDS
+                    quick = time.monotonic() - followed.ended < QUICK_SECONDS
+                    seconds = ENDED_SECONDS if quick else LOOK_SECONDS
                     await asyncio.wait_for(followed.changed.wait(), seconds)
                 followed.changed.clear()
         finally:
@@ -212,18 +214,28 @@ class Client:
 
     async def cancel(self, prompt_id: str) -> None:
         """Take a prompt out of the queue, or stop it; nothing happens when it has ended."""
-        await self._ask("POST", "/queue", {"delete": [prompt_id]})
-        await self._ask("POST", "/interrupt", {"prompt_id": prompt_id})
+        await self._ask(None, "POST", "/queue", {"delete": [prompt_id]})
+        await self._ask(None, "POST", "/interrupt", {"prompt_id": prompt_id})
 
     async def fetch(self, file: File) -> bytes:
-        """The contents of a file that a workflow saved. Raises LostError when it is gone."""
+        """The contents of a file that a workflow saved, at most `largest` bytes.
+
+        Raises LostError when it is gone or no picture of its kind.
+        """
         place = {"filename": file.filename, "subfolder": file.subfolder, "type": file.type}
 
         async def get() -> bytes:
-            async with self._session.get(f"{self.url}/view", params=place) as answer:
-                if answer.status != 200:
-                    raise LostError(f"{self.url} no longer has {file.filename}.")
-                return await answer.read()
+            status, data = await self._answer(
+                "GET", "/view", self.largest, FILE_SECONDS, params=place
+            )
+            if status != 200:
+                raise LostError(f"{self.url} no longer has {file.filename}.")
+            if not answers.is_whole(file.filename, data):
+                raise LostError(
+                    f"{self.url} gives {len(data):,} bytes as {file.filename}, which are no whole "
+                    "picture of that kind."
+                )
+            return data
 
         return await self._patiently(get)
 
@@ -234,22 +246,24 @@ class Client:
 
     async def forget(self) -> None:
         """Empty the server's cache of what nodes gave; models stay loaded."""
-        await self._ask("POST", "/free", {"free_memory": True, "unload_models": False})
+        await self._ask(None, "POST", "/free", {"free_memory": True, "unload_models": False})
 
     async def _history(self, prompt_id: str) -> dict[str, Any] | None:
-        found = (await self._once("GET", f"/history/{prompt_id}")).get(prompt_id)
-        return found if found and found.get("status", {}).get("status_str") else None
+        entry = partial(answers.entry_of, prompt_id=prompt_id)
+        return await self._once(entry, "GET", f"/history/{prompt_id}")
 
-    async def _ask(self, method: str, path: str, body: Any = None) -> Any:
-        return await self._patiently(lambda: self._once(method, path, body))
+    async def _ask(self, read: Read | None, method: str, path: str, body: Any = None) -> Any:
+        return await self._patiently(lambda: self._once(read, method, path, body))
 
     async def _patiently(self, ask: Callable[[], Awaitable[Any]]) -> Any:
         """What `ask` gives, tried again for a while when the server does not answer."""
-        end, pause = time.monotonic() + self.patience, 0.2
+        end, pause = 0.0, 0.2
         while True:
             try:
                 return await ask()
-            except (aiohttp.ClientConnectionError, asyncio.TimeoutError, ConnectionError) as error:
+            except AwayError as error:
+                self._lost += 1
+                end = end or time.monotonic() + self.patience
                 if time.monotonic() + pause > end:
                     raise ServerError(
                         f"No ComfyUI answers at {self.url} ({error}). Is it started, and is the "
@@ -258,20 +272,62 @@ class Client:
             await asyncio.sleep(pause)
             pause = min(2 * pause, 5)
 
-    async def _once(self, method: str, path: str, body: Any = None) -> Any:
-        """One request. Raises RefusedError, or ServerError for an answer that is not ComfyUI's."""
-        async with self._session.request(method, self.url + path, json=body) as answer:
-            text = await answer.text()
-        if answer.status == 400:
-            raise RefusedError(refusal(text))
-        if answer.status > 400:
-            raise ServerError(f"{self.url}{path} answers {answer.status}: {text[:200]}")
+    async def _once(self, read: Read | None, method: str, path: str, body: Any = None) -> Any:
+        """What `read` makes of the JSON that one request gets; nothing without it.
+
+        Raises RefusedError, AwayError, or ServerError for an answer that is not ComfyUI's.
+        """
+        status, data = await self._answer(method, path, LARGEST_ANSWER, ANSWER_SECONDS, json=body)
+        if status == 400:
+            raise RefusedError(*answers.refusal(data))
+        if status > 400:
+            said = data[:200].decode("utf-8", "replace")
+            raise ServerError(f"{self.url}{path} answers {status}: {said}")
+        return read and self._read(lambda: read(parsed(data)))
+
+    def _read(self, read: Callable[..., Any], *values: Any) -> Any:
+        """What `read` gives. Raises ServerError when the server's answer is not as ComfyUI's."""
         try:
-            return json.loads(text) if text else None
+            return read(*values)
         except ValueError as error:
             raise ServerError(
-                f"{self.url} answers, but not as ComfyUI does. Is the address right?"
+                f"{self.url} answers, but not as ComfyUI does: {error}. Is the address right?"
             ) from error
+
+    async def _answer(
+        self, method: str, path: str, largest: int, seconds: float, **more: Any
+    ) -> tuple[int, bytes]:
+        """Status and body of one answer. Raises AwayError when it does not come whole in time,
+        ServerError when it is larger, packed, or leads elsewhere."""
+        timeout = aiohttp.ClientTimeout(seconds, sock_connect=10)
+        options: dict[str, Any] = {"timeout": timeout, "allow_redirects": False, **more}
+        data = bytearray()
+        try:
+            async with self._session.request(method, self.url + path, **options) as answer:
+                if answer.status in AWAY:
+                    raise AwayError(f"it answers {answer.status}")
+                if answer.status in REDIRECTS:
+                    raise ServerError(
+                        f"{self.url} leads on to {answer.headers.get('Location')}. If that is "
+                        "ComfyUI, give that address."
+                    )
+                packed = answer.headers.get("Content-Encoding", "identity")
+                if packed != "identity":
+                    raise ServerError(f"{self.url} answers packed as {packed}, which none asked.")
+                async for piece in answer.content.iter_any():
+                    data += piece
+                    if len(data) > largest:
+                        raise ServerError(
+                            f"{self.url}{path} answers with more than {largest / 1e6:,.0f} MB, the "
+                            "most that is taken."
+                        )
+                return answer.status, bytes(data)
+        except (aiohttp.InvalidURL, ValueError) as error:
+            raise ServerError(f"{self.url} is no address: {error}.") from error
+        except aiohttp.ClientResponseError as error:
+            raise ServerError(f"{self.url} answers with no HTTP: {error.message}") from error
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+            raise AwayError(str(error) or f"no whole answer within {seconds} s") from error
 
     async def _listen(self) -> None:
         """Pass on what the server tells; for ever, through lost connections."""
@@ -279,70 +335,27 @@ class Client:
         while True:
             with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, OSError):
                 async with self._session.ws_connect(
-                    address, max_msg_size=0, heartbeat=30
+                    address, max_msg_size=LARGEST_EVENT, heartbeat=30
                 ) as socket:
                     async for message in socket:
                         if message.type == aiohttp.WSMsgType.TEXT:
-                            self._told(json.loads(message.data))
+                            self._told(message.data)
+            self._lost += 1
             for followed in self._followed.values():
                 followed.changed.set()  # what was said meanwhile is lost: look
             await asyncio.sleep(0.5)
 
-    def _told(self, event: dict[str, Any]) -> None:
-        data = event.get("data") or {}
-        followed = self._followed.get(str(data.get("prompt_id")))
+    def _told(self, text: str) -> None:
+        """An event, which may be anything: what it says of a prompt is only a hint."""
+        try:
+            kind, prompt_id, step = answers.progress(parsed(text))
+        except ValueError:
+            return
+        followed = self._followed.get(prompt_id)
         if followed is None:
             return
-        if event["type"] == "progress" and followed.step is not None:
-            followed.step(Step(str(data.get("node")), data["value"], data["max"]))
-        if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
-            followed.ended = True
+        if step is not None and followed.step is not None:
+            followed.step(step)
+        if kind in ("execution_success", "execution_error", "execution_interrupted"):
+            followed.ended = time.monotonic()
             followed.changed.set()
-
-
-def result_of(prompt_id: str, history: dict[str, Any], workflow: Workflow | None = None) -> Result:
-    """What an entry of /history holds. Raises RunError when the prompt failed."""
-    if history["status"]["status_str"] != "success":
-        raise RunError(failure(history, workflow or {}))
-    files, texts = [], {}
-    for node, output in history["outputs"].items():
-        for kind, entries in output.items():
-            if kind == "text" and isinstance(entries, (list, tuple)):
-                texts[node] = [str(entry) for entry in entries]
-            for entry in entries if isinstance(entries, list) else ():
-                if isinstance(entry, dict) and "filename" in entry:
-                    place = entry.get("subfolder", ""), entry.get("type", "output")
-                    files.append(File(node, entry["filename"], *place))
-    messages = dict(history["status"].get("messages", ()))
-    cached = messages.get("execution_cached", {}).get("nodes", ())
-    milliseconds = (
-        messages["execution_success"]["timestamp"] - messages["execution_start"]["timestamp"]
-    )
-    return Result(prompt_id, files, texts, milliseconds / 1000, frozenset(map(str, cached)))
-
-
-def failure(history: dict[str, Any], workflow: Workflow) -> str:
-    """Why a prompt ended without its results."""
-    for kind, data in history["status"].get("messages", ()):
-        if kind == "execution_interrupted":
-            return "The run was cancelled."
-        if kind == "execution_error":
-            node = workflow.get(str(data["node_id"]))
-            name = title(node) if node else data["node_type"]
-            return f"{name} ({data['node_id']}): {data['exception_message'].strip()}"
-    return f"The run ended as '{history['status']['status_str']}'."
-
-
-def refusal(text: str) -> str:
-    """Why a workflow was not queued, a line for each widget."""
-    try:
-        answer = json.loads(text)
-        lines = [answer["error"]["message"]]
-        for key, node in (answer.get("node_errors") or {}).items():
-            lines += [
-                f"{node['class_type']} ({key}): {error['message']}: {error['details']}"
-                for error in node["errors"]
-            ]
-        return "\n".join(lines)
-    except (ValueError, KeyError, TypeError):
-        return text[:300]

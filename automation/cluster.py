@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,11 +29,13 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from . import bound
-from .client import RESTARTS, Client, File, Result
+from .answers import File, Result
+from .client import RESTARTS, Client
 from .errors import AutomationError, LostError, RunError, ServerError
 from .files import Place
 from .workflow import Workflow
 
+PACK = Path(__file__).parents[1]
 PREFIX = "comfyui-of-ray-"
 START_SECONDS = 600
 """How long a ComfyUI may take until it answers."""
@@ -103,7 +106,7 @@ class Host:
         while not answers(port):
             if self.process.poll() is not None or time.monotonic() > end:
                 raise ServerError(
-                    f"ComfyUI did not start on {socket.gethostname()}:\n{self._log_tail()}"
+                    f"ComfyUI did not start on {socket.gethostname()}:", *self._log_tail()
                 )
             time.sleep(0.2)
         threading.Thread(target=self._end_with_comfyui, daemon=True).start()
@@ -123,9 +126,9 @@ class Host:
         self.lock.release()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _log_tail(self) -> str:
+    def _log_tail(self) -> list[str]:
         text = (self.folder / "log.txt").read_text("utf-8", errors="replace")
-        return "\n".join(text.splitlines()[-15:])
+        return text.splitlines()[-15:]
 
     async def about(self) -> dict[str, Any] | AutomationError:
         """The server's versions and devices, with `node`, `pid` and `process`, that of ComfyUI."""
@@ -150,7 +153,8 @@ class Host:
                 if not any(file.node in result.cached for file in result.files):
                     return result
                 await client.forget()
-                result = await client.run(workflow, prompt_id=f"{prompt_id}-{attempt}")
+                again = str(uuid.uuid5(uuid.UUID(prompt_id), str(attempt)))
+                result = await client.run(workflow, prompt_id=again)
         except AutomationError as error:
             return error
         return RunError("ComfyUI answers with a file that was fetched and deleted before.")
@@ -161,7 +165,9 @@ class Host:
             data = await (await self._entered()).fetch(file)
         except AutomationError as error:
             return error
-        self._path(file).unlink(missing_ok=True)
+        path = (self.folder / file.type / file.subfolder / file.filename).resolve()
+        if path.is_relative_to(self.folder.resolve()):
+            path.unlink(missing_ok=True)
         return data
 
     async def save(self, file: File, place: Place, name: str) -> str | AutomationError:
@@ -174,9 +180,6 @@ class Host:
         except AutomationError as error:
             return error
 
-    def _path(self, file: File) -> Path:
-        return self.folder / file.type / file.subfolder / file.filename
-
     async def _entered(self) -> Client:
         if self.client is None:
             self.client = await Client(self.url).__aenter__()
@@ -188,6 +191,7 @@ class Worker:
 
     def __init__(self, ray: Any, slots: Slots, gpu: bool, number: int, patience: float):
         self.url = self.host = f"ray:{number}"
+        self.kind = "ray"
         self.patience = patience
         self._ray, self._slots, self._gpu = ray, slots, gpu
 
@@ -296,7 +300,7 @@ def joined(address: str, slots: Slots, patience: float) -> Iterator[list[Worker]
             address,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"py_modules": [str(Path(__file__).parent)]},
+            runtime_env={"py_modules": [str(PACK / name) for name in ("automation", "sd35_core")]},
             include_dashboard=False if address == "local" else None,
         )
     except (ConnectionError, RuntimeError, OSError, ValueError) as error:

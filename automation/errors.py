@@ -1,8 +1,19 @@
 """What can go wrong with a server or a workflow, in sentences for the person who automates."""
 
+from sd35_core.words import printable
+
 
 class AutomationError(Exception):
-    """Anything this package refuses to do, with a sentence that says why."""
+    """Anything this package refuses to do, with a sentence that says why: a line or several.
+
+    What a server or a table put into a line can't begin another one.
+    """
+
+    def __init__(self, *lines: str):
+        super().__init__(*map(printable, lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class WorkflowError(AutomationError):
@@ -10,7 +21,7 @@ class WorkflowError(AutomationError):
 
 
 class ServerError(AutomationError):
-    """A server that is not there, or is no ComfyUI."""
+    """A server that is not there, or does not answer as ComfyUI does."""
 
 
 class RefusedError(AutomationError):

@@ -11,13 +11,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import workflow
+from . import outside, workflow
 from .errors import AutomationError, WorkflowError
 from .workflow import Workflow
 
 SEEDS = ("seed", "noise_seed")
-KEYS = {"id", "workflow", "set", "seed", "tags"}
+ROW: dict[str, outside.Types] = {
+    "id": (str, int),
+    "workflow": (str, dict),
+    "set": dict,
+    "seed": (int, str),
+    "tags": dict,
+}
+"""A row's fields; null, or an empty text, is as if it were not there."""
+VALUE = (str, int, float, bool)
+"""What a widget is set to."""
+LARGEST_SEED = 2**64 - 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""An id; "@", which it has not, stands between it and a picture's number."""
+TAKEN = {"manifest", "batch"}
+"""Files of the batch itself."""
+LONGEST = 2**20
+"""Characters of a row."""
 FILE = re.compile(r"\.(safetensors|sft|gguf|ckpt|pt|pth|bin)$", re.IGNORECASE)
 
 
@@ -68,18 +83,22 @@ class Table:
         names: set[str] = set()
         for number, row in self._rows():
             try:
-                for seed in self.seeds or (row.get("seed"),):
+                row = checked(row)
+                for seed in self.seeds or (seed_from(row.get("seed")),):
                     job = self._job(number, row, seed, read)
-                    if job.id in names:
-                        raise WorkflowError(f"the id '{job.id}' is there twice; it names files.")
-                    names.add(job.id)
+                    if job.id.casefold() in names:
+                        raise WorkflowError(
+                            f"the id '{job.id}' is there twice (capitals don't count); it names "
+                            "files."
+                        )
+                    names.add(job.id.casefold())
                     yield job
             except WorkflowError as error:
                 raise WorkflowError(f"{self.path}, row {number}: {error}") from error
 
-    def _job(self, number: int, row: dict[str, Any], seed: Any, read: dict[Path, Workflow]) -> Job:
-        if unknown := set(row) - KEYS:
-            raise WorkflowError(f"{', '.join(sorted(unknown))} is unknown; known are {KEYS}.")
+    def _job(
+        self, number: int, row: dict[str, Any], seed: int | None, read: dict[Path, Workflow]
+    ) -> Job:
         base = row.get("workflow") or self.template
         if isinstance(base, dict):
             prompt = workflow.checked(base, "workflow")
@@ -88,37 +107,72 @@ class Table:
             prompt = read[path] if path in read else read.setdefault(path, workflow.read(path))
         else:
             raise WorkflowError("no workflow: name one in the row, or a template with --workflow.")
-        prompt = workflow.overridden(prompt, row.get("set") or {})
-        name = str(row.get("id") or f"{number:06d}")
+        prompt = workflow.overridden(prompt, row.get("set", {}))
+        name = str(row.get("id", f"{number:06d}"))
         if self.seeds:
             name += f"-{seed}"
         if not NAME.fullmatch(name):
             raise WorkflowError(f"the id {name!r} can't name files: letters, digits, . - _ can.")
-        if seed is None or seed == "":
-            return Job(name, prompt, seed_of(prompt), row.get("tags") or {})
-        return Job(name, seeded(prompt, int(seed)), int(seed), row.get("tags") or {})
+        if name.casefold() in TAKEN or outside.is_reserved(name):
+            raise WorkflowError(f"the id '{name}' can't name files: that name is taken.")
+        tags = row.get("tags", {})
+        if seed is None:
+            return Job(name, prompt, seed_of(prompt), tags)
+        return Job(name, seeded(prompt, seed), seed, tags)
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
+            if self.path.exists() and not self.path.is_file():
+                raise ValueError("it is no file")
             with self.path.open(encoding="utf-8-sig", newline="") as file:
                 if self.path.suffix.lower() == ".csv":
                     for number, row in enumerate(csv.DictReader(file), 1):
                         yield number, from_csv(row)
                     return
-                for number, line in enumerate(file, 1):
+                for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), 1):
+                    if len(line) == LONGEST:
+                        raise WorkflowError(
+                            f"{self.path}, row {number} has more than {LONGEST:,} characters."
+                        )
                     if line.strip():
                         yield number, self._parsed(number, line)
-        except (OSError, UnicodeError, csv.Error) as error:
+        except (OSError, ValueError, csv.Error) as error:
             raise AutomationError(f"{self.path} can't be read: {error}.") from error
 
     def _parsed(self, number: int, line: str) -> dict[str, Any]:
         try:
-            row = json.loads(line)
+            return outside.fields(outside.parsed(line), {})
         except ValueError as error:
-            raise WorkflowError(f"{self.path}, row {number} is no JSON: {error}.") from error
-        if not isinstance(row, dict):
-            raise WorkflowError(f"{self.path}, row {number} is no object but {line.strip()[:40]}.")
-        return row
+            what = "no object" if "expected an object" in str(error) else "no JSON"
+            raise WorkflowError(f"{self.path}, row {number} is {what}: {error}.") from error
+
+
+def checked(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what is null or empty, its fields of their types. Raises WorkflowError."""
+    if unknown := row.keys() - ROW.keys():
+        names = ", ".join(sorted(map(str, unknown)))
+        raise WorkflowError(f"{names} is unknown; known are {', '.join(ROW)}.")
+    row = {key: value for key, value in row.items() if value not in (None, "")}
+    try:
+        outside.fields(row, ROW, set())
+        found = row.get("set", {})
+        for value in outside.fields(found, dict.fromkeys(found, VALUE)).values():
+            workflow.finite(value if isinstance(value, float) else 0.0)
+    except ValueError as error:
+        raise WorkflowError(f"{error}.") from error
+    return row
+
+
+def seed_from(value: int | str | None) -> int | None:
+    """A seed as a row has it; a CSV has texts. Raises WorkflowError."""
+    if value is None:
+        return None
+    text = str(value).strip()
+    seed = int(text) if text.isdecimal() and len(text) <= len(str(LARGEST_SEED)) else -1
+    if not 0 <= seed <= LARGEST_SEED:
+        shown = outside.shown(value)
+        raise WorkflowError(f"'seed' is {shown}, expected a whole number from 0 to 2^64 - 1.")
+    return seed
 
 
 def from_csv(row: dict[str, Any]) -> dict[str, Any]:

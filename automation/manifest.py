@@ -13,12 +13,18 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from . import files
+from . import files, outside
 from .errors import AutomationError
 from .files import Place
 from .jobs import Job
 
 DONE, ASIDE = "done", "set aside"
+LINE: dict[str, outside.Types] = {
+    "job": str, "status": str, "inputs": str, "attempts": int, "files": list,
+}  # fmt: skip
+"""What this reads of a line."""
+LARGEST = 2**24
+"""Bytes of a line: texts of reports are in it."""
 
 
 class Manifest:
@@ -35,6 +41,8 @@ class Manifest:
         self._lines: list[bytes] = []
         self._writing = asyncio.Lock()
         self.batch = self._batch()
+        if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
+            raise AutomationError(f"{self.path} is no file of a batch. Use another folder.")
         if self.path.exists():
             self._read()
 
@@ -43,22 +51,22 @@ class Manifest:
         if not path.exists():
             files.write(path, json.dumps({"batch": str(uuid.uuid4())}).encode())
         try:
-            return uuid.UUID(json.loads(path.read_text(encoding="utf-8"))["batch"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return uuid.UUID(outside.fields(outside.read(path), {"batch": str})["batch"])
+        except (OSError, ValueError) as error:
             raise AutomationError(f"{path} is damaged ({error}). Use another folder.") from error
 
     def _read(self) -> None:
         """Take up the lines; one that was cut off by the end of a run is taken away."""
         whole = 0
         with self.path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
+            for number, line in enumerate(iter(lambda: file.readline(LARGEST), b""), 1):
+                if not line.endswith(b"\n") and len(line) < LARGEST:
                     break
                 try:
-                    self._take_up(json.loads(line))
-                except (ValueError, KeyError, TypeError) as error:
+                    self._take_up(checked(outside.parsed(line)))
+                except ValueError as error:
                     raise AutomationError(
-                        f"{self.path} is damaged at byte {whole} ({error}). Repair that line or "
+                        f"{self.path} is damaged in line {number}: {error}. Repair that line or "
                         "take it out; its job is then done again."
                     ) from error
                 whole += len(line)
@@ -84,7 +92,8 @@ class Manifest:
     async def add(self, entry: dict[str, Any]) -> None:
         """Write down what became of a job; on the disk when this returns. Entries that come while
         the disk is busy are written together."""
-        line = json.dumps(entry, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+        text = json.dumps(entry, ensure_ascii=False, sort_keys=True)
+        line = text.encode("utf-8", "backslashreplace") + b"\n"
         self._lines.append(line)
         async with self._writing:
             if any(line is waiting for waiting in self._lines):
@@ -108,6 +117,20 @@ class Manifest:
                 f"{self.path} could not be written: {error}. Make room on the disk; the same "
                 "command goes on from here."
             ) from error
+
+
+def checked(entry: Any) -> dict[str, Any]:
+    """A line of a manifest. Raises ValueError that names what is wrong in it."""
+    outside.fields(entry, LINE, LINE.keys() - {"files"})
+    if entry["status"] not in (DONE, ASIDE):
+        raise ValueError(f"'status' is {outside.shown(entry['status'])}")
+    if not 0 < entry["attempts"] < 10**9:
+        raise ValueError(f"'attempts' is {outside.shown(entry['attempts'])}")
+    for file in entry.get("files", ()):
+        name = outside.fields(file, {"name": str, "sha256": str})["name"]
+        if not outside.is_file_name(name):
+            raise ValueError(f"a file is named {outside.shown(name)}, which is no name of one")
+    return entry
 
 
 @contextmanager

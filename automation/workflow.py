@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from . import outside
 from .errors import WorkflowError
+from .outside import is_a
 
 Workflow = dict[str, dict[str, Any]]
 """ComfyUI's API format: node id -> its class_type, inputs and, under _meta, its title."""
@@ -19,7 +21,7 @@ def read(path: str | Path) -> Workflow:
     """The API workflow in a JSON file. Raises WorkflowError for anything else."""
     path = Path(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = outside.read(path)
     except (OSError, ValueError) as error:
         raise WorkflowError(f"{path} can't be read as JSON: {error}.") from error
     return checked(found, str(path))
@@ -41,6 +43,9 @@ def checked(found: Any, name: str) -> Workflow:
             raise WorkflowError(f"{name}: node {key} has no inputs; this is no API workflow.")
         if not isinstance(node.get("class_type"), str):
             raise WorkflowError(f"{name}: node {key} has no class_type; this is no API workflow.")
+        meta = node.get("_meta")
+        if not isinstance(meta, (dict, type(None))) or not is_a((meta or {}).get("title", ""), str):
+            raise WorkflowError(f"{name}: node {key} has a _meta that is no object with a title.")
     return found
 
 
@@ -111,9 +116,16 @@ def like(held: Any, value: Any, name: str) -> Any:
         if isinstance(held, bool):
             return {"true": True, "false": False, "1": True, "0": False}[value.strip().lower()]
         if isinstance(held, int):
-            number = float(value)
-            return int(value) if value.strip().lstrip("+-").isdigit() else number
-        return float(value)
-    except (KeyError, ValueError) as error:
+            number = finite(float(value))
+            return int(value) if value.strip().lstrip("+-").isdecimal() else number
+        return finite(float(value))
+    except (KeyError, ValueError, OverflowError) as error:
         kind = "true or false" if isinstance(held, bool) else "a number"
         raise WorkflowError(f"'{name}' takes {kind} (it held {held!r}); got {value!r}.") from error
+
+
+def finite(number: float) -> float:
+    """Raises ValueError for NaN and infinity, which JSON has not."""
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no number that a widget can hold")
+    return number

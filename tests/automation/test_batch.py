@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from automation.batch import Waiting
 from automation.client import Client
 from automation.errors import AutomationError, WorkflowError
 from automation.jobs import Job, Table
 from automation.manifest import opened
+from automation.waiting import Waiting
 from automation.workflow import Workflow, overridden
 from tools import host as hosts
 

@@ -108,8 +108,7 @@ def test_a_server_that_is_started_anew_gets_the_prompt_again(
                 server.process.wait()
                 await asyncio.to_thread(server.__enter__)
                 result = await asyncio.wait_for(drawing, 120)
-                history = await client._ask("GET", "/history")
-                assert list(history) == [result.prompt_id]
+                assert await client.known() == {result.prompt_id}
                 return len(result.files)
 
         assert asyncio.run(draw()) == 1
