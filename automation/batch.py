@@ -79,9 +79,9 @@ async def run(
                 error = await work
                 if error is not None:
                     lost.append(error)
-                if not waiting.open():
+                if not waiting.unfinished():
                     break  # what is still starting, or never ends, is not needed
-        if waiting.open():
+        if waiting.unfinished():
             raise ServerError(f"{lost[0]} The same command does the jobs that are left.")
     return counts
 
@@ -152,7 +152,7 @@ async def _work(
     versions: dict[str, Any],
 ) -> None:
     """Do one job after the other. Raises ServerError when the server is gone."""
-    while waiting.open():
+    while waiting.unfinished():
         job = waiting.next(server.url)
         if job is None:
             await asyncio.sleep(0.2)

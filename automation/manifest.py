@@ -142,7 +142,9 @@ def opened(folder: Path, pictures: Place | None = None) -> Iterator[Manifest]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
-            yield Manifest(folder, pictures or Place(str(folder)))
+            place = pictures or Place(str(folder))
+            place.sweep()
+            yield Manifest(folder, place)
     except Timeout as error:
         raise AutomationError(
             f"Another batch is writing into {folder}. Wait for it, or use another folder."

@@ -74,7 +74,7 @@ class Waiting:
         waiting = (self.groups, *self.taken.values(), *self.adopted.values())
         return any(waiting) or any(job not in self.running for job in self.failed)
 
-    def open(self) -> bool:
+    def unfinished(self) -> bool:
         """Whether any job has not ended."""
         return bool(self.running) or self.left()
 

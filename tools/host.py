@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from sd35_core.whole_file import write_text
+from sd35_core.words import printable
 
 PACK = Path(__file__).resolve().parent.parent
 PACK_NAME = "sd35-nodes"
@@ -50,7 +51,10 @@ MOST_JSON, MOST_PICTURES = 64_000_000, 256_000_000
 
 
 class HostError(RuntimeError):
-    """Something about the host that the person has to know."""
+    """Something about the host that the person has to know; its lines can colour no terminal."""
+
+    def __init__(self, text: str):
+        super().__init__("\n".join(map(printable, text.split("\n"))))
 
 
 @dataclass(frozen=True)

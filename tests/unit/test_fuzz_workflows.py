@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,11 @@ pytest.importorskip("hypothesis", reason="hypothesis comes with python tools/tes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sd35_core.errors import SD35Error
 from sd35_core.panels import answer
 from sd35_core.workflow import check, files_under
 
-from ..fuzzing import JUNK, TRICKS, WRITTEN
+from ..fuzzing import JUNK, SECONDS, TRICKS, WRITTEN, survives
 
-SECONDS = 1.0
-"""Of a processor, with a budget of half of it."""
 NUMBERS = st.sampled_from(
     [0, 1, -1, 5, 10_000, 10**9, 2**63, 2**64, 10**400, 0.5, 1e-300, 5e-324, 1e300, -0.0,
      float("nan"), float("inf")]
@@ -83,18 +78,6 @@ CANVAS = st.fixed_dictionaries(
     optional={"definitions": JUNK},
 )
 WORKFLOW = API | CANVAS | st.dictionaries(st.text(max_size=8), JUNK, max_size=4)
-
-
-def survives(read: Callable[[], Any]) -> Any:
-    """What `read` gives; None after one of our errors. Anything else it raises is a finding."""
-    started = time.thread_time()
-    try:
-        return read()
-    except SD35Error as error:
-        assert len(str(error)) > 20
-        return None
-    finally:
-        assert time.thread_time() - started < SECONDS
 
 
 @WRITTEN
