@@ -88,3 +88,16 @@ def test_the_loader_lists_them(comfy: SimpleNamespace, base: Path, small: Path) 
     path = write(base / "models" / "diffusion_models" / "a model.gguf", small, "Q8_0")
     assert path.name in comfy.files.model_files()
     assert comfy.files.model_path(path.name) == path
+
+
+def test_decoding_ends_between_two_tensors_when_it_is_cancelled(
+    comfy: SimpleNamespace, small: Path, tmp_path: Path
+) -> None:
+    import comfy.model_management as management
+
+    file = comfy.loading.read(write(tmp_path / "model.gguf", small, "Q8_0"))
+    key = next(iter(file.tensors))
+    management.interrupt_current_processing()
+    with pytest.raises(management.InterruptProcessingException):
+        file.tensors[key]
+    assert file.tensors[key].numel()
