@@ -6,7 +6,7 @@ A header of a few bytes can name any number. It is held against these before it 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from .errors import CheckpointError
@@ -84,3 +84,14 @@ def counted(keys: Iterable[str], name: str, limit: Limit, source: str) -> int:
             f"'{name}.{missing[0]}'. The file is incomplete; download it again."
         )
     return count
+
+
+def check_filled(shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Raise CheckpointError for a matrix without values: a file of no size can give it any sides,
+    and a host builds what they say. (An empty list of values is a mark in some files.)"""
+    for key, shape in shapes.items():
+        if len(shape) > 1 and not all(shape):
+            raise CheckpointError(
+                f"{source}: '{key}' has shape {list(shape)}, which holds no values. The file is "
+                "damaged; download the original again."
+            )

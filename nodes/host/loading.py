@@ -21,12 +21,14 @@ from ...sd35_core.checkpoint import (
     TensorFile,
     checked_config,
     diffusion_model,
+    shapes_of,
     under,
     with_axes,
 )
 from ...sd35_core.config import AXES, VARIANTS
 from ...sd35_core.errors import CheckpointError, SD35Error, is_out_of_memory
 from ...sd35_core.gguf_file import EXTENSION, GGUFFile
+from ...sd35_core.limits import check_filled
 from . import packed, resting
 from .network import SD35ModelConfig
 
@@ -170,6 +172,7 @@ def _weight_dtype(tensors: StateDict, supported: list[torch.dtype], quantized: b
 def vae_from(file: ModelFile) -> Any:
     """The VAE in a file. Raises CheckpointError when it isn't one for SD3.5."""
     found = under(file.tensors, "first_stage_model.") or dict(file.tensors)
+    check_filled(shapes_of(found), f"'{file.path.name}'")
     with by_the_host(f"'{file.path.name}'"):
         vae = comfy.sd.VAE(sd=found, metadata=file.metadata)
     if vae.first_stage_model is None or vae.latent_channels != 16:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from comfy.text_encoders.sd3_clip import SD3ClipModel, SD3Tokenizer, t5_xxl_detect
 
-from ...sd35_core.checkpoint import StateDict, under
+from ...sd35_core.checkpoint import StateDict, shapes_of, under
 from ...sd35_core.errors import CheckpointError, SettingError
+from ...sd35_core.limits import check_filled
 from ...sd35_core.text_encoder import check_encoder, encoder_configs
 from .loading import ModelFile, by_the_host, read
 
@@ -79,6 +80,9 @@ def clip_from(file: ModelFile, paths: dict[str, str | None], disable_dynamic: bo
             f"No text encoder: '{file.path.name}' holds none, and none was chosen. Choose clip_l, "
             "clip_g or t5xxl files, or set all three to 'none' if prompts are encoded elsewhere."
         )
+    for name, tensors in encoders.items():
+        source = Path(paths[name] or file.path).name
+        check_filled(shapes_of(tensors), f"The text encoder {name} in '{source}'")
     widths = [sd[CLIP_MARK].numel() for sd in encoders.values() if CLIP_MARK in sd]
     tiny = any(width < TINY for width in widths)
     names = sorted({Path(path).name if path else file.path.name for path in paths.values()})

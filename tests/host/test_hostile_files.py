@@ -219,8 +219,10 @@ def test_text_encoders_that_are_described_and_not_there(base: Path, load: Any) -
          "x.scale_input": torch.zeros(3)},
         {"encoder.final_layer_norm.weight": torch.zeros(4096), "shared.weight": torch.zeros(2, 2),
          "encoder.block.23.layer.1.DenseReluDense.wi_1.weight": torch.zeros(())},
+        {"encoder.final_layer_norm.weight": torch.zeros(4096),
+         "shared.weight": torch.zeros(10**9, 0)},
     ],
-    ids=["nothing else", "no width", "old scales", "odd shapes"],
+    ids=["nothing else", "no width", "old scales", "odd shapes", "10^9 words"],
 )  # fmt: skip
 def test_text_encoder_files(tensors: dict[str, Tensor], base: Path, load: Any) -> None:
     with refused(f"'{NAME}'"):
@@ -233,10 +235,13 @@ def test_text_encoder_files(tensors: dict[str, Tensor], base: Path, load: Any) -
         {"decoder.conv_in.weight": torch.zeros(())},
         {"taesd_decoder.1.weight": torch.zeros(64)},
         {"first_stage_model.decoder.conv_in.weight": torch.zeros(0, 3)},
+        {"decoder.conv_in.weight": torch.zeros(512, 16, 0, 3),
+         "post_quant_conv.weight": torch.zeros(16, 10**9, 0, 0)},
+        {"decoder.conv_in.weight": torch.zeros(4 * 10**6, 16, 0, 3)},
         {},
     ],
-    ids=["a number", "taesd", "prefixed", "nothing"],
-)
+    ids=["a number", "taesd", "prefixed", "10^9 wide", "10^6 channels", "nothing"],
+)  # fmt: skip
 def test_vae_files(tensors: dict[str, Tensor], base: Path, load: Any) -> None:
     with refused(f"'{NAME}'"):
         load(vae=put(base, "vae", tensors))
