@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .errors import SettingError
+from .limits import BLOCKS
 
-LARGEST_DEPTH = 200
-"""Beyond any model's blocks."""
 LONGEST_TEXT = 1000
 """Characters of a list of layers."""
 NAMED = 5
@@ -50,7 +49,7 @@ def parse_layers(text: str, depth: int | None = None) -> frozenset[int]:
             f"layers has {len(text):,} characters, and {LONGEST_TEXT:,} is the most. Write numbers "
             "separated by commas, such as 7, 8, 9."
         )
-    end = LARGEST_DEPTH if depth is None else depth
+    end = BLOCKS.most if depth is None else depth
     layers: set[int] = set()
     outside: set[int] = set()
     for part in filter(None, re.split(r"[,;\s]+", text)):

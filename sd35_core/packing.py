@@ -25,8 +25,12 @@ from .errors import CheckpointError, SettingError
 from .limits import COMFY_QUANT, bounded
 
 INT8, FP8, VQ2 = "int8_tensorwise", "float8_e4m3fn", "sd35_vq2"
-CODES = {INT8: torch.int8, FP8: torch.float8_e4m3fn, VQ2: torch.uint8}
-"""Format -> what a layer's `weight` holds."""
+CODES = {
+    INT8: (torch.int8,),
+    FP8: (torch.float8_e4m3fn, torch.float8_e5m2),
+    VQ2: (torch.uint8,),
+}
+"""Format -> what a layer's `weight` can hold; ComfyUI's older files call both fp8 the same."""
 FORMATS = tuple(CODES)
 RAW_FP8 = "raw fp8"
 """Weights cast to fp8, without scales and without a `comfy_quant` entry: for every loader."""
@@ -214,13 +218,16 @@ def _calibrated(weight: Tensor, moments: Tensor, codebook: Tensor) -> tuple[Tens
 
 
 def inverse_factor(moments: Tensor) -> Tensor:
-    """The upper triangular U with U^T U = (moments + damping)^-1, (in, in)."""
-    damped = moments.double()
+    """The upper triangular U with U^T U = (moments + damping)^-1, (in, in).
+
+    On the CPU: it takes float64, which some devices lack, and several times the layer's memory.
+    """
+    damped = moments.cpu().double()
     diagonal = damped.diagonal()
     mean = diagonal.mean().clamp(min=1e-12)
     damped = damped + DAMPING * mean * torch.eye(len(damped), device=damped.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).to(moments.dtype)
+    return torch.linalg.cholesky(inverse, upper=True).to(moments)
 
 
 class PackedLinear(nn.Module):
@@ -357,8 +364,8 @@ def check_packed(packed: Packed, shape: tuple[int, int], name: str) -> str:
         if seen != expected and not for_all:
             raise damaged(f"{suffix} of shape {list(seen)}, expected {list(expected)}")
         if suffix == "weight":
-            if tensor.dtype != CODES[form]:
-                raise damaged(f"codes of {tensor.dtype}, expected {CODES[form]}")
+            if tensor.dtype not in CODES[form]:
+                raise damaged(f"codes of {tensor.dtype}, expected {CODES[form][0]}")
             continue
         values = "scales" if suffix == "weight_scale" else "codebook entries"
         if not tensor.dtype.is_floating_point:

@@ -19,7 +19,7 @@ ALLOWED = {
     "errors": {"words"},
     "latent": set(),
     "config": {"errors", "limits"},
-    "guidance": {"errors"},
+    "guidance": {"errors", "limits"},
     "sampling": {"errors"},
     "layers": {"config"},
     "recipes": {"guidance"},

@@ -39,7 +39,7 @@ from .models import TINY, random_inputs, random_weights
 from .test_checkpoint import to_diffusers
 from .test_controlnet import embedder, in_diffusers_keys
 
-SECONDS = 1.0
+SECONDS = 5.0
 """Of the processor's time, which other programs don't lengthen."""
 PACKABLE = MMDiTXConfig(
     depth=2, hidden=128, context_dim=96, pooled_dim=40, pos_embed_max_size=8, qk_norm=True,
@@ -187,7 +187,7 @@ def test_a_controlnets_sizes_are_bounded(
     headers.control_in(path)
 
 
-def test_the_largest_network_is_built_in_a_second() -> None:
+def test_the_largest_network_is_built_at_once() -> None:
     """So a load can be cancelled between tensors and needs no other place."""
     largest = MMDiTXConfig(200, 16384, 65536, 65536, 4096, True, dual_blocks=tuple(range(200)))
     for build in (
@@ -204,13 +204,13 @@ def test_the_largest_network_is_built_in_a_second() -> None:
 # Headers
 
 
-@pytest.mark.parametrize("length", [16_000_001, 10**12, 2**64 - 1])
+@pytest.mark.parametrize("length", [8_000_001, 10**12, 2**64 - 1])
 def test_a_long_header_is_not_parsed(length: int, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     with path.open("wb") as file:
         file.write(struct.pack("<Q", length) + b"{")
         file.truncate(min(length + 8, 2**33))  # takes no room on the disk
-    with refused(f"length of its header in bytes is {length:,}; it can be 0 to 16,000,000"):
+    with refused(f"length of its header in bytes is {length:,}; it can be 0 to 8,000,000"):
         TensorFile(path)
 
 
@@ -500,7 +500,6 @@ EIGHT = {
     "int8 with infinite scales": (INT8, {"weight_scale": torch.full((512, 1), torch.inf)}, "NaN"),
     "int8 of a row": (INT8, {"weight": torch.zeros(128).char()}, r"weight of shape \[128\]"),
     "fp8 as bytes": (FP8, {"weight": torch.zeros(512, 128).byte()}, "codes of torch.uint8"),
-    "fp8 of the other kind": (FP8, {"weight": torch.zeros(512, 128).to(torch.float8_e5m2)}, "e5m2"),
     "fp8 without a scale": (FP8, {"weight_scale": None}, "weight_scale missing"),
     "fp8 with many scales": (FP8, {"weight_scale": torch.ones(512)}, r"of shape \[512\], expected"),
     "fp8 with a whole scale": (FP8, {"weight_scale": torch.tensor(1)}, "scales of torch.int64"),
