@@ -28,6 +28,25 @@ from .recipes import recipe_of
 
 Facts = TypeVar("Facts")
 
+OTHER_FAMILIES = {
+    "FLUX": r"flux|kontext",
+    "SDXL": r"sd_?xl|pony|illustrious|noobai",
+    "Stable Diffusion 1.5": r"v1_?5|sd_?1_?5|sd15",
+    "Wan": r"wan_?2",
+    "Qwen-Image": r"qwen",
+    "HiDream": r"hidream",
+    "Hunyuan": r"hunyuan",
+    "LTX": r"ltx",
+    "Chroma": r"chroma",
+    "Cosmos": r"cosmos",
+    "Lumina": r"lumina|z_image",
+    "AuraFlow": r"aura_?flow",
+    "Stable Cascade": r"stable_?cascade",
+    "PixArt": r"pixart",
+    "Lotus": r"lotus",
+}
+"""Other models, by what their files are called."""
+
 
 def _kept(read: Callable[..., Facts]) -> Callable[..., Facts]:
     """What `read` says of a file, kept while the file is the same: the canvas asks often."""
@@ -78,12 +97,15 @@ def model_of(config: MMDiTXConfig, name: str, packed: bool) -> Model:
 
 
 def model_named(name: str) -> Model | None:
-    """Facts of a published model by its file's name, where the file is not at hand."""
+    """Facts of a published model, or of one of another family, by its file's name, where the file
+    is not at hand."""
     plain = name.lower().replace("-", "_").replace("sd35", "sd3.5")
     for variant, config in VARIANTS.items():
         if variant in plain.replace("stable_diffusion_3.5", "sd3.5"):
             return model_of(config, name, packed=False)
-    return None
+    families = (f for f, pattern in OTHER_FAMILIES.items() if re.search(pattern, plain))
+    family = None if "sd3" in plain else next(families, None)
+    return None if family is None else Model(kind=f"{family} model, by its name ('{name}')")
 
 
 def config_of(file: TensorFile | GGUFFile) -> MMDiTXConfig | None:

@@ -51,3 +51,43 @@ CHECK_OUTPUTS = ("model", "positive", "negative", "latent")
 """Inputs of SD35Check that come out again, in this order."""
 EMPTY_LATENTS = {"EmptySD3LatentImage": 16, "EmptyLatentImage": 4}
 NO_FILE = {"none", "from model file"}
+WIDGETS: dict[str, tuple[str, ...]] = {
+    "KSampler": ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"),
+    "KSamplerAdvanced": (
+        "add_noise", "noise_seed", "steps", "cfg", "sampler_name", "scheduler", "start_at_step",
+        "end_at_step", "return_with_leftover_noise",
+    ),
+    "SamplerCustom": ("add_noise", "noise_seed", "cfg"),
+    "BasicScheduler": ("scheduler", "steps", "denoise"),
+    "KSamplerSelect": ("sampler_name",),
+    "RandomNoise": ("noise_seed",),
+    "CFGGuider": ("cfg",),
+    "CheckpointLoaderSimple": ("ckpt_name",),
+    "UNETLoader": ("unet_name", "weight_dtype"),
+    "UnetLoaderGGUF": ("unet_name",),
+    "VAELoader": ("vae_name",),
+    "CLIPLoader": ("clip_name", "type", "device"),
+    "DualCLIPLoader": ("clip_name1", "clip_name2", "type", "device"),
+    "TripleCLIPLoader": ("clip_name1", "clip_name2", "clip_name3"),
+    "ControlNetLoader": ("control_net_name",),
+    "LoraLoader": ("lora_name", "strength_model", "strength_clip"),
+    "LoraLoaderModelOnly": ("lora_name", "strength_model"),
+    "CLIPTextEncode": ("text",),
+    "CLIPTextEncodeSD3": ("clip_l", "clip_g", "t5xxl", "empty_padding"),
+    "ConditioningSetTimestepRange": ("start", "end"),
+    "ControlNetApply": ("strength",),
+    "ControlNetApplyAdvanced": ("strength", "start_percent", "end_percent"),
+    "ControlNetApplySD3": ("strength", "start_percent", "end_percent"),
+    "EmptyLatentImage": ("width", "height", "batch_size"),
+    "EmptySD3LatentImage": ("width", "height", "batch_size"),
+    "LatentUpscale": ("upscale_method", "width", "height", "crop"),
+    "ModelSamplingSD3": ("shift",),
+    "ModelSamplingAuraFlow": ("shift",),
+    "SkipLayerGuidanceSD3": ("layers", "scale", "start_percent", "end_percent"),
+    "SkipLayerGuidanceDiT": (
+        "double_layers", "single_layers", "scale", "start_percent", "end_percent",
+        "rescaling_scale",
+    ),
+}  # fmt: skip
+"""The order of ComfyUI's widgets, for files that don't name them; without what stands beside a
+seed."""

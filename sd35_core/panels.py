@@ -11,11 +11,12 @@ from dataclasses import asdict
 from typing import Any
 
 from .errors import SettingError
-from .graph import Budget, TooLargeError, api_graph, parsed
+from .graph import Budget, TooLargeError
 from .guidance import SkipLayers, parse_layers
 from .preflight import Setup, findings
 from .recipes import LAYER_PRESETS, RECIPES, Recipe, layers_text
 from .workflow import Find, Reader
+from .workflow_file import api_graph, parsed
 
 SAMPLER, SKIP, LOADER = "SD35Sampler", "SkipLayerGuidance", "SD35Loader"
 LARGEST_ANSWER = 4_000_000

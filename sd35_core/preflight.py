@@ -23,6 +23,8 @@ Severity = Literal["error", "warning", "note"]
 """error: the run fails or the picture is spoiled. warning: something does nothing, or looks bad.
 note: worth knowing."""
 
+SD3 = "SD3"
+"""The kind of model that all this is about."""
 CHANNELS = 16
 PIXELS_OF_A_PATCH = 16
 SMALLEST, LARGEST = 0.25, 2.0
@@ -45,7 +47,7 @@ class Model:
     pooled_dim: int | None = None
     positions: int | None = None
     packed: bool = False
-    kind: str = "SD3"
+    kind: str = SD3
     flow: bool = True
     own: bool = True
     """Whether SD3.5 Loader loaded it."""
@@ -240,7 +242,7 @@ def _model(setup: Setup) -> Iterator[Finding]:
     model = setup.model
     if model is None:
         return
-    if model.kind != "SD3":
+    if model.kind != SD3:
         yield _error(
             "model",
             f"The model is a {model.kind}, not Stable Diffusion 3 or 3.5. Load an SD3.5 file with "

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import SettingError
-from .graph import Budget, Graph, Link, TooLargeError, api_graph, parsed
+from .graph import Budget, Graph, Link, TooLargeError
 from .headers import control_in, matched_keys, model_in, model_named, vae_channels
 from .known_nodes import (
     CACHES,
@@ -37,6 +37,7 @@ from .known_nodes import (
     SHIFTS,
 )
 from .preflight import (
+    SD3,
     Control,
     Finding,
     Latent,
@@ -49,6 +50,8 @@ from .preflight import (
     findings,
     report,
 )
+from .words import printable
+from .workflow_file import api_graph, is_node, read
 
 Find = Callable[[str, str], "Path | None"]
 """(folder, name) -> the file that a widget names."""
@@ -405,10 +408,29 @@ def check(
     workflow: dict[str, Any], find: Find, seconds: float = math.inf
 ) -> dict[str, list[Finding]]:
     """Sampler's node id -> what there is to say. Raises SettingError for no workflow, and for one
-    that takes more than so many seconds."""
+    that takes more than so many seconds.
+
+    Where one sampler draws with SD3, those that draw with other models are left alone.
+    """
     budget = Budget(seconds)
-    found = setups(api_graph(workflow, budget), find, budget)
-    return {key: findings(setup) for key, setup in found.items()}
+    graph = api_graph(workflow, budget)
+    found = setups(graph, find, budget)
+    ours = any(setup.model is not None and setup.model.kind == SD3 for setup in found.values())
+    return {key: _checked(setup, ours) for key, setup in found.items()}
+
+
+def _checked(setup: Setup, ours: bool) -> list[Finding]:
+    """What there is to say where no object can be looked at."""
+    if setup.model is None:
+        words = (
+            "The model is not known: its file is not at hand, or a node gives it that is not known "
+            "here. What depends on it was not checked."
+        )
+        return [*findings(setup), Finding("note", "model unknown", words)]
+    if ours and setup.model.kind != SD3:
+        words = f"This sampler draws with a {setup.model.kind}, which is not checked here."
+        return [Finding("note", "model other", words)]
+    return findings(setup)
 
 
 def main(arguments: list[str]) -> int:
@@ -424,12 +446,22 @@ def main(arguments: list[str]) -> int:
             data = file.read(LARGEST_FILE + 1)
         if len(data) > LARGEST_FILE:
             raise TooLargeError(f"It is larger than {LARGEST_FILE / 1e6:.0f} MB: no workflow is.")
-        found = check(parsed(data), files_under(options.models), SECONDS)
+        if options.models is not None and not options.models.is_dir():
+            raise SettingError(f"'{options.models}' is no folder: --models names ComfyUI's models.")
+        workflow = read(data)
+        found = check(workflow, files_under(options.models), SECONDS)
     except (OSError, SettingError) as error:
         sys.stderr.write(f"{options.file}: {error}\n")
         return 2
     if not found:
-        sys.stdout.write("There is no sampler in this workflow.\n")
+        sys.stdout.write("There is no sampler in this workflow that is known here.\n")
+    prompt = {} if "nodes" in workflow else workflow.get("prompt", workflow)
+    gaps = [printable(key, 40) for key, node in prompt.items() if not is_node(node)]
+    if gaps:
+        names = ", ".join(gaps[:MOST])
+        sys.stdout.write(
+            f"Not read: {names}, without a class. A node pack was missing when this was exported.\n"
+        )
     for key, said in found.items():
         sys.stdout.write(f"Sampler {key}:\n{report(said)}\n")
     worst = {finding.severity for said in found.values() for finding in said}

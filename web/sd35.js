@@ -62,7 +62,8 @@ async function ask() {
     const nodes = workflow.nodes.map(({ id, type, mode, inputs, widgets_values, properties }) => ({
         id, type, mode, inputs, widgets_values, properties,
     }));
-    const body = JSON.stringify({ nodes, links: workflow.links });
+    const { links, definitions } = workflow;
+    const body = JSON.stringify({ nodes, links, definitions });
     if (body === last) return;
     last = body;
     const answer = await api.fetchApi("/sd35/plan", {

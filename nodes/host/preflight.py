@@ -15,12 +15,13 @@ from server import PromptServer
 from torch import Tensor
 
 from ...sd35_core.errors import CheckpointError
-from ...sd35_core.graph import Budget, api_graph
+from ...sd35_core.graph import Budget
 from ...sd35_core.headers import model_of
 from ...sd35_core.latent import PIXELS
 from ...sd35_core.preflight import Control, Finding, Latent, Model, Prompt, Setup, Skip, findings
 from ...sd35_core.recipes import layers_text
 from ...sd35_core.workflow import leading_to, setups
+from ...sd35_core.workflow_file import api_graph
 from . import files
 from .controlnet import SD35ControlNet
 from .guidance import SKIPS

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from sd35_core.panels import answer
 from sd35_core.workflow import check, files_under
+from sd35_core.workflow_file import api_graph, read
 
 from ..fuzzing import JUNK, TRICKS, WRITTEN, survives
 
@@ -69,13 +70,30 @@ NODE = st.fixed_dictionaries(
         "properties": JUNK | st.fixed_dictionaries({"sd35_recipe": VALUES}),
     },
 )
+INSTANCES = st.sampled_from(["a", "b", "SetNode", "GetNode", "PrimitiveNode"])
+PLACES = st.sampled_from([-10, -20, 0, 1, 2, 3])
+INNER_LINK = st.fixed_dictionaries(
+    {"id": st.integers(0, 5), "origin_id": PLACES, "origin_slot": st.integers(-1, 2),
+     "target_id": PLACES, "target_slot": st.integers(0, 2)}
+)  # fmt: skip
+INNER = st.fixed_dictionaries(
+    {"id": st.integers(0, 3), "type": INSTANCES | CLASSES},
+    optional={"inputs": st.lists(SLOT, max_size=3), "widgets_values": st.lists(VALUES, max_size=3)},
+)
+SUBGRAPH = st.fixed_dictionaries(
+    {"id": st.sampled_from(["a", "b"]), "nodes": st.lists(INNER, max_size=4) | JUNK,
+     "links": st.lists(INNER_LINK, max_size=5) | JUNK},
+    optional={"inputs": st.lists(SLOT, max_size=3) | JUNK},
+)  # fmt: skip
 LINK = st.tuples(*[st.integers(0, 5)] * 5, st.just("MODEL")).map(list)
 CANVAS = st.fixed_dictionaries(
     {
-        "nodes": st.lists(NODE | JUNK, max_size=6) | JUNK,
+        "nodes": st.lists(NODE | INNER | JUNK, max_size=6) | JUNK,
         "links": st.lists(LINK | JUNK, max_size=6) | JUNK,
     },
-    optional={"definitions": JUNK},
+    optional={
+        "definitions": st.fixed_dictionaries({"subgraphs": st.lists(SUBGRAPH, max_size=3)}) | JUNK
+    },
 )
 WORKFLOW = API | CANVAS | st.dictionaries(st.text(max_size=8), JUNK, max_size=4)
 
@@ -107,3 +125,19 @@ def test_plan(workflow: dict[str, Any], cut: int) -> None:
         words = [text for _, text in panel.get("findings", [])] + [panel.get("error") or ""]
         assert not any(set(text) & {"\n", "\x1b", "\ud800"} for text in words)
         assert len(panel.get("levels", ())) <= 10_000
+
+
+@WRITTEN
+@given(
+    WORKFLOW.map(json.dumps).map(str.encode) | st.binary(max_size=40),
+    st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP"]),
+    st.sampled_from([b"", b"tEXt", b"zTXt", b"iTXt", b"prompt:", b"workflow:"]),
+    st.binary(max_size=8),
+)
+def test_file(body: bytes, head: bytes, kind: bytes, more: bytes) -> None:
+    """Any file: JSON, a picture, or neither."""
+    chunk = len(body).to_bytes(4, "big") + kind + b"prompt\0" + more + body
+    for data in (body, head + kind + body, head + chunk):
+        found = survives(lambda data=data: read(data))
+        if found is not None:
+            survives(lambda found=found: api_graph(found))

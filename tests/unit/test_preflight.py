@@ -13,8 +13,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sd35_core.errors import SettingError
-from sd35_core.graph import api_graph
 from sd35_core.preflight import Latent, Model, Prompt, Setup, findings
 from sd35_core.workflow import (
     about_tokens,
@@ -24,6 +22,7 @@ from sd35_core.workflow import (
     main,
     setups,
 )
+from sd35_core.workflow_file import api_graph
 
 from ..conftest import PACK
 
@@ -472,8 +471,3 @@ def test_files_outside_the_models_folder_are_never_looked_at(tmp_path: Path) -> 
     find = files_under(tmp_path / "models")
     assert find("loras", "../../secret.safetensors") is None
     assert find("loras", str(tmp_path / "secret.safetensors")) is None
-
-
-def test_subgraphs_are_refused_with_advice() -> None:
-    with pytest.raises(SettingError, match=r"Export \(API\)"):
-        api_graph({"nodes": [], "links": [], "definitions": {"subgraphs": [{}]}})
