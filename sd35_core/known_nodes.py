@@ -31,8 +31,10 @@ OTHER_PREDICTIONS = {
     "ModelSamplingContinuousV",
     "ModelSamplingStableCascade",
     "ModelSamplingFlux",
+    "ModelSamplingAuraFlow",
 }
-SHIFTS = {"ModelSamplingSD3", "ModelSamplingAuraFlow"}
+"""AuraFlow's shifts as SD3's does, but gives the network times in 0..1, not in 0..1000."""
+SHIFTS = {"ModelSamplingSD3"}
 OWN_NODES = {
     "SkipLayerGuidance": "Skip Layer Guidance (SD3.5)",
     "SD35StepCache": "SD3.5 Step Cache",

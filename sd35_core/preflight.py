@@ -310,12 +310,19 @@ def _sampling(setup: Setup) -> Iterator[Finding]:
                 f"steps is {steps}; {recipe.name} needs 20 or more ({recipe.steps} in its recipe), "
                 f"and only Large Turbo makes pictures in 4. Set steps to {recipe.steps}.",
             )
-        if cfg is not None and cfg < 1.5:
+        if cfg and cfg < 1.5:
             yield _warning(
                 "low cfg",
                 f"cfg is {cfg:g}, so the prompt hardly counts; only Large Turbo goes without "
                 f"guidance. Set cfg to {recipe.cfg:g}.",
             )
+    if cfg == 0:
+        yield _warning(
+            "zero cfg",
+            "cfg is 0, which leaves the negative prompt alone in the picture. Other programs call "
+            "it 0 when there is no guidance; here that is 1. Set cfg to 1 for Large Turbo, and to "
+            "3.5 to 5 for the others.",
+        )
     if cfg is not None and cfg > 10 and not setup.turbo:
         yield _warning(
             "high cfg",

@@ -175,6 +175,11 @@ WRONG: dict[str, tuple[Change, str, str]] = {
     "Medium in 4 steps": (set_to("5", steps=4), "few steps", "steps is 4.*Set steps to 50"),
     "Large at cfg 1": (both(large, set_to("5", cfg=1.0)), "low cfg", "cfg is 1.*Set cfg to 4.5"),
     "cfg 15": (set_to("5", cfg=15.0), "high cfg", "cfg is 15"),
+    "Turbo with cfg 0, as in diffusers": (
+        both(turbo, set_to("5", cfg=0.0)), "zero cfg", "negative prompt alone.*Set cfg to 1"),
+    "AuraFlow's shift": (
+        both(lambda g: ksampler(g, "normal"), on_model("ModelSamplingAuraFlow", shift=3.0)),
+        "model sampling", "which gives noise"),
     "shift 1": (set_to("5", shift=1.0), "shift", "shift is 1, but SD3.5 was made for 3"),
     "the small model with shift 3": (
         both(nano, set_to("5", shift=3.0)), "shift", "shift is 3.*Set shift to 1"),
