@@ -166,10 +166,12 @@ class MMDiTX(nn.Module):
         if positions is not None:
             return tokens + positions.to(tokens)
         rows, columns = (side // self.config.patch_size for side in x.shape[-2:])
-        return tokens + self.positions(rows, columns).to(tokens)
+        return tokens + self.positions(rows, columns, tokens)
 
-    def positions(self, rows: int, columns: int) -> Tensor:
-        """The centre crop of the position table, (1, rows * columns, hidden)."""
+    def positions(self, rows: int, columns: int, like: Tensor | None = None) -> Tensor:
+        """The centre crop of the position table, (1, rows * columns, hidden), of the dtype and on
+        the device of `like`; columns and rows are moved there before they are joined."""
+        like = self.get_buffer(AXES if self.config.axes else "pos_embed") if like is None else like
         size = self.config.pos_embed_max_size
         if rows > size or columns > size:
             pixels = 8 * self.config.patch_size
@@ -180,9 +182,10 @@ class MMDiTX(nn.Module):
         top, left = (size - rows) // 2, (size - columns) // 2
         if self.config.axes:
             across, down = self.pos_embed_axes
-            return joined_axes(across[left : left + columns], down[top : top + rows])
+            ends = across[left : left + columns], down[top : top + rows]
+            return joined_axes(*(end.to(like) for end in ends))
         table = self.pos_embed.unflatten(1, (size, size))
-        return table[:, top : top + rows, left : left + columns].flatten(1, 2)
+        return table[:, top : top + rows, left : left + columns].flatten(1, 2).to(like)
 
     def unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
         """Patches (B, N, p * p * C) -> latent (B, C, height, width), the padding cut off."""
@@ -204,10 +207,22 @@ def _step(
     rows: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Run a block for some rows of the batch."""
-    if rows != list(range(len(c))):
-        c = c[rows]
-        modulation = modulation and (modulation[0][rows], modulation[1][rows])
-    return run_block(index, block, context, x, c, attend, modulation)
+    known = modulation and (chosen(modulation[0], rows), chosen(modulation[1], rows))
+    return run_block(index, block, context, x, chosen(c, rows), attend, known)
+
+
+def chosen(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Rows of a tensor (B, ...), by slices: an index from the CPU would have a card wait for it."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and runs[-1][1] == row:
+            runs[-1][1] += 1
+        else:
+            runs.append([row, row + 1])
+    if runs == [[0, len(tensor)]]:
+        return tensor
+    parts = [tensor[start:end] for start, end in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def padded(x: Tensor, patch: int) -> Tensor:
@@ -233,7 +248,7 @@ class _Rows:
 
     def leading(self, tensor: Tensor) -> Tensor:
         """The rows that start at the first block."""
-        return tensor if self.all_lead else tensor[self.present]
+        return chosen(tensor, self.present)
 
     def join(self, index: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Append copies of their sources for the twins whose first skipped layer is `index`."""
@@ -242,7 +257,7 @@ class _Rows:
             return tensors
         places = [self.present.index(source) for source in new.values()]
         self.present += new
-        return tuple(torch.cat([tensor, tensor[places]]) for tensor in tensors)
+        return tuple(torch.cat([tensor, chosen(tensor, places)]) for tensor in tensors)
 
     def run(
         self, index: int, step: Step, context: Tensor, x: Tensor, residual: Tensor | None
@@ -257,17 +272,20 @@ class _Rows:
             return context, x
         whole = len(places) == len(self.present)
         rows = [self.present[place] for place in places]
-        inputs = (context, x) if whole else (context[places], x[places])
-        new_context, new_x = step(*inputs, rows)
+        new_context, new_x = step(chosen(context, places), chosen(x, places), rows)
         if residual is not None:
-            new_x = new_x + (residual if rows == list(range(len(residual))) else residual[rows])
+            new_x = new_x + chosen(residual, rows).to(new_x.dtype)
         if whole:
             return new_context, new_x
-        where = torch.tensor(places, device=x.device)
-        return context.index_copy(0, where, new_context), x.index_copy(0, where, new_x)
+        order = places + [place for place in range(len(self.present)) if place not in places]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        rest = order[len(places) :]
+        parts = ((new_context, context), (new_x, x))
+        context, x = (chosen(torch.cat([new, chosen(old, rest)]), back) for new, old in parts)
+        return context, x
 
     def ordered(self, tensor: Tensor) -> Tensor:
         """The rows in the order in which they came."""
         if self.all_lead:
             return tensor
-        return tensor[sorted(range(len(self.present)), key=self.present.__getitem__)]
+        return chosen(tensor, sorted(range(len(self.present)), key=self.present.__getitem__))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+import inspect
+from functools import lru_cache, partial
 from typing import Any
 
 import comfy.model_base
@@ -134,7 +135,7 @@ class HostMMDiTX(MMDiTX):
         extra = {**options, "n_heads": heads, "dim_head": q.shape[-1]}
         extra["img_slice"] = [image.start, image.stop]
         patches = options.get("patches", {}) if context_tokens else {}
-        for patch in patches.get("attn1_patch", ()):
+        for patch in filter(is_for_transformers, patches.get("attn1_patch", ())):
             out = patch(q, k, v, pe=None, attn_mask=None, extra_options=extra)
             q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
         attended = processor.attention()(
@@ -156,6 +157,18 @@ class HostMMDiTX(MMDiTX):
         if found is None and index == self.config.depth // 2:
             found = replacements.get(("middle", 0))
         return found
+
+
+@lru_cache(maxsize=64)
+def is_for_transformers(patch: Any) -> bool:
+    """Whether an `attn1_patch` takes what the host gives it in a transformer: q, k and v as heads,
+    with `pe`. One for U-Nets (HyperTile, ToMe, hypernetworks) takes tokens; it is left out, as the
+    host's own SD3 does."""
+    try:
+        parameters = inspect.signature(patch).parameters.values()
+    except (TypeError, ValueError):  # a callable that says nothing of itself
+        return False
+    return any(p.name == "pe" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def twins_of(rows: int, options: Options) -> list[Twin]:
@@ -203,10 +216,12 @@ class SD35Model(comfy.model_base.SD3):
         transformer_options: Options | None = None,
         **named: Any,
     ) -> Tensor:
-        """With the modulations from the run's cache, if there is one."""
+        """With the modulations from the run's cache, if there is one and nothing is trained."""
         options, y = transformer_options or {}, named.get("y")
         network = getattr(self.diffusion_model, "_orig_mod", self.diffusion_model)
         cache, width = self.modulation_cache, network.config.pooled_dim
+        if torch.is_grad_enabled():
+            cache = None
         if cache is not None and y is not None and y.shape[-1] == width:
             y = y.to(x.device, self.get_dtype_inference())
             steps = options.get("sample_sigmas", t)[:-1]

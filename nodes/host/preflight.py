@@ -15,7 +15,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ...sd35_core.errors import CheckpointError
-from ...sd35_core.graph import Budget
+from ...sd35_core.graph import Budget, TooLargeError
 from ...sd35_core.headers import model_of
 from ...sd35_core.latent import PIXELS
 from ...sd35_core.preflight import Control, Finding, Latent, Model, Prompt, Setup, Skip, findings
@@ -26,6 +26,7 @@ from . import files
 from .controlnet import SD35ControlNet
 from .guidance import SKIPS
 from .network import HostMMDiTX
+from .report import log
 
 StockMMDiT = comfy.ldm.modules.diffusionmodules.mmdit.MMDiT
 
@@ -62,16 +63,18 @@ def find(folder: str, name: str) -> Path | None:
 
 
 def static(prompt: dict[str, Any], node_id: str | None) -> list[Setup]:
-    """Set-ups of the samplers that a node leads to, as the workflow says.
-
-    Raises TooLargeError for one that takes more than SECONDS.
-    """
+    """Set-ups of the samplers that a node leads to, as the workflow says; none where reading it
+    takes more than SECONDS: the objects themselves are judged all the same."""
     if not prompt:
         return []
     budget = Budget(SECONDS)
-    graph = api_graph(prompt, budget)
-    concerned = leading_to(graph, node_id)
-    return [setup for key, setup in setups(graph, find, budget).items() if key in concerned]
+    try:
+        graph = api_graph(prompt, budget)
+        concerned = leading_to(graph, node_id)
+        return [setup for key, setup in setups(graph, find, budget).items() if key in concerned]
+    except TooLargeError as error:
+        log.warning(str(error))
+        return []
 
 
 def said(

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import comfy.ldm.modules.attention as attentions
+import comfy.model_management
 import comfy.ops
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,15 @@ from ...sd35_core.layers import linear_gelu as plain_linear_gelu
 
 
 def attention() -> Any:
-    """The host's attention; torch's own where the host only fell back to the sub-quadratic one.
+    """The host's attention; on a CPU torch's own where the host only fell back to the
+    sub-quadratic one, which takes twice as long there.
 
-    The host does so on a CPU unless it is told otherwise; it takes twice as long there.
+    On other devices that is the host's choice: on a Mac it comes with the upcast that keeps
+    pictures from going black.
     """
     chosen = attentions.optimized_attention
-    fell_back = chosen is attentions.attention_sub_quad and not args.use_quad_cross_attention
+    asked = args.use_quad_cross_attention or not comfy.model_management.cpu_mode()
+    fell_back = chosen is attentions.attention_sub_quad and not asked
     return attentions.attention_pytorch if fell_back else chosen
 
 
@@ -61,8 +65,9 @@ def weights(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _on_cpu(layer: Any, x: Tensor) -> bool:
-    """Whether a layer only infers, on the CPU, with nothing hung on it but weights."""
-    hooks = layer._forward_pre_hooks or layer._forward_hooks
+    """Whether a layer only infers, on the CPU, with nothing hung on it but weights; the host puts
+    a forward of its own in the place of a layer's for LoRAs that bypass the weights."""
+    hooks = layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__
     smoothed = getattr(layer, "pre_quant_scale", None) is not None
     busy = hooks or smoothed or torch.is_grad_enabled() or torch.compiler.is_compiling()
     return x.device.type == "cpu" and not busy

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -119,8 +120,9 @@ class TinySD3Clip(SD3ClipModel):
         hidden, pooled = [], []
         for name, encoder in (("clip_l", self.clip_l), ("clip_g", self.clip_g)):
             if encoder is None:
-                hidden.append(torch.zeros(1, 77, self.widths[name]))
-                pooled.append(torch.zeros(1, self.widths[name]))
+                device = comfy.model_management.intermediate_device()
+                hidden.append(torch.zeros(1, 77, self.widths[name], device=device))
+                pooled.append(torch.zeros(1, self.widths[name], device=device))
             else:
                 tokens, summary = encoder.encode_token_weights(token_weight_pairs[name[-1]])
                 hidden.append(tokens)

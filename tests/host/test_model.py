@@ -242,6 +242,53 @@ def test_perturbed_attention_acts(ours: Any, stock: Any, ksampler: Any) -> None:
     assert effect(stock) < 1e-5, "the host's own model has learned it; say so in the README"
 
 
+def test_a_lora_that_bypasses_the_weights_equals_one_in_them(
+    comfy: SimpleNamespace, ours: Any, ksampler: Any
+) -> None:
+    """The host puts a forward of its own in the place of each layer's; fc1's is called too."""
+    change = lora("kohya")
+    fc1 = {key: tensor for key, tensor in change.items() if "fc1" in key}
+    for each in (change, fc1):
+        inside, _ = comfy.sd.load_lora_for_models(ours, None, each, 1.0, 0)
+        beside, _ = comfy.sd.load_bypass_lora_for_models(ours, None, each, 1.0, 0)
+        plain, seen = ksampler(ours), ksampler(beside)
+        assert difference(seen, ksampler(inside)) < 1e-4
+        assert difference(seen, plain) > 1e-2
+
+
+def test_attention_patches_for_unets_are_left_out_and_those_for_transformers_act(
+    comfy: SimpleNamespace, ours: Any, ksampler: Any
+) -> None:
+    from comfy_extras.nodes_hypertile import HyperTile
+    from comfy_extras.nodes_tomesd import TomePatchModel
+
+    plain = ksampler(ours)
+    of_a_unet, of_a_transformer = ours.clone(), ours.clone()
+    of_a_unet.set_model_attn1_patch(lambda q, k, v, extra_options: (0 * q, k, v))
+    of_a_transformer.set_model_attn1_patch(
+        lambda q, k, v, pe=None, attn_mask=None, extra_options=None: {"q": 0 * q}
+    )
+    others = HyperTile.execute(ours, 256, 2, 0, False), TomePatchModel.execute(ours, 0.3)
+    nodes = [getattr(other, "result", other)[0] for other in others]
+    for model in (of_a_unet, *nodes):
+        assert torch.equal(ksampler(model), plain)
+    assert not torch.equal(ksampler(of_a_transformer), plain)
+
+
+def test_the_hosts_own_attention_stays_on_other_devices_than_the_processor(
+    comfy: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a Mac it upcasts; torch's own would give black pictures there."""
+    import comfy.ldm.modules.attention as attentions
+    import comfy.model_management as management
+
+    attention = __import__("sd35_pack.nodes.host.processor", fromlist=["attention"]).attention
+    monkeypatch.setattr(attentions, "optimized_attention", attentions.attention_sub_quad)
+    assert attention() is attentions.attention_pytorch
+    monkeypatch.setattr(management, "cpu_state", management.CPUState.MPS)
+    assert attention() is attentions.attention_sub_quad
+
+
 def test_normalized_attention_guidance_acts(ours: Any, ksampler: Any) -> None:
     from comfy_extras.nodes_nag import NAGuidance
 

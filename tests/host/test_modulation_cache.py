@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sd35_core import modulation as cache_module
+
 from .conftest import Conds
 from .test_controlnet import controlled, files, picture, vae  # noqa: F401  (fixtures)
 from .test_model import hooked, lora, partially_loaded
@@ -86,6 +88,23 @@ def test_a_controlnet_and_skipped_layers_give_the_same_bits(
     on, off = (ksampler(skipping(comfy, model), **steered) for model in models)
     assert torch.equal(on, off)
     assert not torch.equal(on, ksampler(skipping(comfy, models[1])))
+
+
+def test_what_is_trained_does_without_it(comfy: SimpleNamespace, small: Path, conds: Conds) -> None:
+    """A training in the host goes through the same model; the modulations take part in it."""
+    patcher = comfy.loading.load_model(str(small), "default", "on")
+    model = patcher.model.to(torch.float32)
+    model.modulation_cache = cache_module.ModulationCache()
+    ((context, extra),) = conds.positive
+    x = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    network = model.diffusion_model.requires_grad_(True)
+    with torch.enable_grad():
+        out = model.apply_model(
+            x, torch.tensor([0.5]), c_crossattn=context, y=extra["pooled_output"]
+        )
+        out.square().mean().backward()
+    missing = [n for n, p in network.named_parameters() if p.grad is None]
+    assert not [name for name in missing if "adaLN" in name or "embedder" in name]
 
 
 def test_hooks_that_change_weights_do_without_it(

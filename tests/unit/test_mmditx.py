@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd35_core.errors import SettingError
 from sd35_core.layers import JointBlock
@@ -58,6 +59,44 @@ def test_a_row_takes_no_residual_at_a_layer_it_skips() -> None:
     out = model(*inputs, residuals=residuals, twins=[skipped])
     assert close(out[:1], model(*(t[:1] for t in inputs), residuals=[None, residual[:1]]))
     assert close(out[1:], model(*(t[1:] for t in inputs), twins=[Twin(0, frozenset({1}))]))
+
+
+class Seen(TorchDispatchMode):
+    """The names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_are_chosen_without_an_index_that_a_card_would_wait_for() -> None:
+    model, inputs = random_model(), random_inputs(batch=3)
+    residuals = [torch.ones(3, 24, TINY.hidden)] * TINY.depth
+    twins = [Twin(0, frozenset({1, 3}), source=2), Twin(1, frozenset({2}))]
+    with Seen() as seen:
+        model(*inputs, residuals=residuals, twins=twins)
+    assert "aten.cat.default" in seen.names
+    waiting = {"aten.index.Tensor", "aten.index_copy.default", "aten.lift_fresh.default",
+               "aten._local_scalar_dense.default", "aten.index_select.default"}  # fmt: skip
+    assert not seen.names & waiting
+
+
+def test_residuals_of_another_precision_leave_the_networks_as_it_is() -> None:
+    model = random_model().to(torch.bfloat16)
+    inputs = [t.to(torch.bfloat16) for t in random_inputs(batch=1)]
+    types: list[torch.dtype] = []
+
+    def record(index: int, block: JointBlock, context, x, *rest):  # noqa: ANN001, ANN002, ANN202
+        types.append(x.dtype)
+        return block(context, x, *rest)
+
+    residuals = [torch.ones(1, 24, TINY.hidden, dtype=torch.float32)] * TINY.depth
+    model(*inputs, residuals=residuals, run_block=record)
+    assert set(types) == {torch.bfloat16}
 
 
 def test_an_odd_latent_is_padded_and_cut() -> None:
