@@ -135,7 +135,11 @@ class HostMMDiTX(MMDiTX):
         extra = {**options, "n_heads": heads, "dim_head": q.shape[-1]}
         extra["img_slice"] = [image.start, image.stop]
         patches = options.get("patches", {}) if context_tokens else {}
-        for patch in filter(is_for_transformers, patches.get("attn1_patch", ())):
+        before = patches.get("attn1_patch", ())
+        left_out = {home(patch) for patch in before if not is_for_transformers(patch)}
+        for patch in before:
+            if not is_for_transformers(patch):
+                continue
             out = patch(q, k, v, pe=None, attn_mask=None, extra_options=extra)
             q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
         attended = processor.attention()(
@@ -146,7 +150,8 @@ class HostMMDiTX(MMDiTX):
             own = (t[:, :, image].transpose(1, 2).flatten(2) for t in (q, k, v))
             attended = torch.cat([attended[:, : image.start], perturb(*own, extra)], dim=1)
         for patch in patches.get("attn1_output_patch", ()):
-            attended = patch(attended, extra)
+            if home(patch) not in left_out:
+                attended = patch(attended, extra)
         return attended
 
     def _attention_replacement(self, options: Options) -> Any:
@@ -169,6 +174,12 @@ def is_for_transformers(patch: Any) -> bool:
     except (TypeError, ValueError):  # a callable that says nothing of itself
         return False
     return any(p.name == "pe" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def home(patch: Any) -> tuple[str, str] | int:
+    """Where a patch was made: ToMe's two, before and after the attention, are of one function."""
+    made_in = getattr(patch, "__qualname__", "").rpartition(".")[0]
+    return (patch.__module__, made_in) if made_in else id(patch)
 
 
 def twins_of(rows: int, options: Options) -> list[Twin]:
