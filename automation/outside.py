@@ -10,7 +10,7 @@ from typing import Any
 
 from sd35_core.words import printable
 
-LARGEST = 2**24
+LARGEST = 16_000_000
 """Bytes of a workflow."""
 DEEPEST = 64
 """Lists and objects in one another; copying and writing them takes a level of Python's stack."""

@@ -7,7 +7,6 @@ small model that ships with the pack, saves the picture and says where.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -20,13 +19,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from automation import outside
 from sd35_core.whole_file import write_new, write_whole
 from sd35_core.words import printable
 from tools import host
 
 OUT = Path("sd35_demo.png")
-MOST_JSON, ROOM = 16_000_000, 16_000_000
-"""Bytes of a workflow's file, and of the disk that have to be free."""
+ROOM = 16_000_000
+"""Bytes of the disk that have to be free."""
 WORKFLOW = host.PACK / "workflows" / "api" / "text_to_image.json"
 
 
@@ -68,14 +68,8 @@ def check_out(options: argparse.Namespace) -> None:
 def read_workflow(path: Path) -> dict[str, Any]:
     """An API-format workflow. Raises HostError for a canvas file or anything else."""
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is no file")
-        with path.open("rb") as file:
-            data = file.read(MOST_JSON + 1)
-        if len(data) > MOST_JSON:
-            raise ValueError(f"it has more than {MOST_JSON / 1e6:.0f} MB")
-        prompt = json.loads(data)
-    except (OSError, RecursionError, ValueError) as error:
+        prompt = outside.read(path)
+    except (OSError, ValueError) as error:
         raise host.HostError(f"{path} can't be read as JSON: {error}") from error
     if isinstance(prompt, dict) and "nodes" in prompt:
         raise host.HostError(

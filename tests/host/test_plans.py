@@ -133,14 +133,20 @@ def test_a_body_that_does_not_come_costs_nobody_anything(server: hosts.Server) -
     assert asyncio.run(trickle()) == 200
 
 
-def test_the_check_says_so_in_a_run_and_the_next_one_works(
-    server: hosts.Server, workflow: dict[str, Any]
-) -> None:
-    """Names that would forge a line of the log, halves of characters, numbers without measure."""
+def with_check(workflow: dict[str, Any]) -> dict[str, Any]:
+    """Put SD35Check before the sampler; the sampler's inputs."""
     inputs = workflow["5"]["inputs"]
     names = ("model", "positive", "negative", "latent")
     workflow["90"] = node("SD35Check", **{name: inputs[name] for name in names}, strict="report")
     inputs.update({name: ["90", slot] for slot, name in enumerate(names)})
+    return inputs
+
+
+def test_the_check_says_so_in_a_run_and_the_next_one_works(
+    server: hosts.Server, workflow: dict[str, Any]
+) -> None:
+    """Names that would forge a line of the log, halves of characters, numbers without measure."""
+    inputs = with_check(workflow)
     workflow["91"] = node("LoraLoaderModelOnly", lora_name="\ud800\nINFO forged \x1b[31m")
     inputs.update(steps=4)
     workflow["91"]["inputs"]["model"] = inputs["model"]  # not queued: it leads nowhere
@@ -152,10 +158,7 @@ def test_the_check_says_so_in_a_run_and_the_next_one_works(
 def test_a_workflow_that_is_too_large_for_the_check_is_drawn_all_the_same(
     server: hosts.Server, workflow: dict[str, Any]
 ) -> None:
-    inputs = workflow["5"]["inputs"]
-    names = ("model", "positive", "negative", "latent")
-    workflow["90"] = node("SD35Check", **{name: inputs[name] for name in names}, strict="report")
-    inputs.update({name: ["90", slot] for slot, name in enumerate(names)})
+    inputs = with_check(workflow)
     inputs.update(steps=4)
     skip = {"layers": "1", "scale": 0.0, "start": 0.1, "end": 0.2}
     for number in range(101):

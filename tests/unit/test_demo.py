@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from automation import outside
 from tools import demo, host
 from tools.nano import pictures
 
@@ -68,7 +69,7 @@ def test_a_prompt_that_leads_nowhere_is_explained(prompt: Prompt, says: str) -> 
     ("data", "says"),
     [
         (b"[" * 100_000, "can't be read as JSON"),
-        (b" " * (demo.MOST_JSON + 1), "more than 16 MB"),
+        (b" " * (outside.LARGEST + 1), "more than 16 MB"),
         (b"\xff\xff", "can't be read as JSON"),
         (b'{"1": 5}', "is no API workflow"),
         (b"5", "is no API workflow"),
