@@ -268,12 +268,13 @@ def test_packed_layers(
 ) -> None:
     """What is loaded also runs: nothing is left to fail, bare, while a picture is drawn."""
     path = tmp_path_factory.getbasetemp() / f"packed {kind}.safetensors"
-    x, timestep, context, y = random_inputs(PACKABLE, batch=1, size=(4, 4))
+    x, timestep, _, y = random_inputs(PACKABLE, batch=1, size=(4, 4))
     base = random_model(PACKABLE)
 
     def read_and_run() -> Tensor:
         if kind == "model":
-            return load(path, dtype=torch.float32)(x, timestep, context, y)
+            model = load(path, dtype=torch.float32)
+            return model(*random_inputs(model.config, batch=1, size=(4, 4)))
         return load_controlnet(path, dtype=torch.float32)(base, x, timestep, y, x)[0]
 
     @WRITTEN
