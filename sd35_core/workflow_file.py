@@ -22,6 +22,8 @@ MOST_NODES = 20_000
 DEEPEST = 16
 """Subgraphs in one another."""
 PNG, WEBP = b"\x89PNG\r\n\x1a\n", b"WEBP"
+TEXTS = ("prompt", "workflow")
+"""Names under which ComfyUI puts them into a picture, the one that was run first."""
 LARGEST_TEXT = 2**24
 """Bytes of a workflow in a picture."""
 
@@ -48,8 +50,8 @@ def parsed(data: bytes | str) -> dict[str, Any]:
 
 
 def _first(texts: dict[str, bytes]) -> dict[str, Any]:
-    """The workflow among a picture's texts; the prompt says what was run, so it comes first."""
-    for name in ("prompt", "workflow"):
+    """The workflow among a picture's texts."""
+    for name in TEXTS:
         if name in texts:
             return parsed(texts[name])
     raise SettingError(
@@ -59,19 +61,28 @@ def _first(texts: dict[str, bytes]) -> dict[str, Any]:
 
 
 def _png_texts(data: bytes) -> dict[str, bytes]:
-    found, place = {}, len(PNG)
+    """The first text of each name that is looked for; packed ones of other names stay packed."""
+    found: dict[str, bytes] = {}
+    place = len(PNG)
     while place + 8 <= len(data):
         length, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
-        name, _, text = data[place + 8 : place + 8 + length].partition(b"\0")
-        if kind == b"tEXt":
-            found[name.decode("latin-1")] = text
-        elif kind == b"zTXt":
-            found[name.decode("latin-1")] = _inflated(text[1:])
-        elif kind == b"iTXt" and len(text) > 2:
-            plain = text[2:].split(b"\0", 2)[-1]
-            found[name.decode("latin-1")] = _inflated(plain) if text[0] else plain
+        if kind in (b"tEXt", b"zTXt", b"iTXt"):
+            name, _, text = data[place + 8 : place + 8 + length].partition(b"\0")
+            key = name.decode("latin-1")
+            if key in TEXTS and key not in found:
+                found[key] = _png_text(kind, text)
         place += 12 + length
     return found
+
+
+def _png_text(kind: bytes, text: bytes) -> bytes:
+    """What stands after the name in one of PNG's three kinds of text."""
+    if kind == b"tEXt":
+        return text
+    if kind == b"zTXt":
+        return _inflated(text[1:])
+    plain = text[2:].split(b"\0", 2)[-1]
+    return _inflated(plain) if text[:1] == b"\1" else plain
 
 
 def _inflated(data: bytes) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
+from sd35_core import workflow_file
 from sd35_core.errors import SettingError
 from sd35_core.graph import Budget, TooLargeError
 from sd35_core.preflight import Model
@@ -213,6 +214,19 @@ def test_a_picture_without_one_or_with_a_bomb_says_so(tmp_path: Path) -> None:
         read(plain.getvalue()[:33] + chunk)
     with pytest.raises(SettingError):
         read(plain.getvalue()[:33] + b"\xff\xff\xff\xfftEXtprompt\0{")
+
+
+def test_many_packed_texts_are_not_all_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small picture could hold thousands that are 16 MB each."""
+    unpacked: list[bytes] = []
+    whole = workflow_file._inflated
+    monkeypatch.setattr(workflow_file, "_inflated", lambda d: unpacked.append(d) or whole(d))
+    chunks = b""
+    for name in (b"other", *(b"n%d" % n for n in range(50)), b"workflow", b"workflow", b"workflow"):
+        packed = name + b"\0\0" + zlib.compress(b'{"1": {"class_type": "A", "inputs": {}}}')
+        chunks += len(packed).to_bytes(4, "big") + b"zTXt" + packed + b"\0\0\0\0"
+    assert list(api_graph(read(b"\x89PNG\r\n\x1a\n" + chunks))) == ["1"]
+    assert len(unpacked) == 1
 
 
 @pytest.mark.parametrize(
