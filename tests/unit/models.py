@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,3 +50,13 @@ def random_inputs(
 def words_as_tokens(caption: str) -> list[int]:
     """A tokenizer of one id per word."""
     return [1000 + len(word) for word in caption.split()]
+
+
+def finish_gguf(writer: Any, tensors: dict[str, Tensor]) -> None:
+    """Have gguf's GGUFWriter write its file, with these tensors."""
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

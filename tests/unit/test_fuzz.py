@@ -39,7 +39,7 @@ from sd35_core.text_encoder import check_encoder, encoder_configs
 from sd35_core.training import TrainingConfig, read_config
 
 from ..fuzzing import JUNK, SIZES, WRITTEN, survives
-from .models import random_inputs, random_model, random_weights
+from .models import finish_gguf, random_inputs, random_model, random_weights
 from .test_checkpoint import to_diffusers
 from .test_controlnet import embedder
 
@@ -136,6 +136,12 @@ def test_safetensors(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> N
     survives(lambda: headers.matched_keys(path, Model(depth=4, hidden=256)))
 
 
+GGUF_TENSORS = {
+    "pos_embed": torch.zeros(4, 8),
+    "joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(4, 32),
+}
+
+
 @pytest.fixture(scope="module")
 def sound_gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     gguf = pytest.importorskip("gguf", reason="gguf is optional; python tools/test.py gets it")
@@ -143,12 +149,7 @@ def sound_gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     writer = gguf.GGUFWriter(path, "sd3")
     writer.add_string("general.name", "fuzzed")
     writer.add_array("comfy.gguf.orig_shape.pos_embed", [1, 4, 8])
-    writer.add_tensor("pos_embed", torch.zeros(4, 8).numpy())
-    writer.add_tensor("joint_blocks.0.x_block.attn.qkv.weight", torch.zeros(4, 32).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer, GGUF_TENSORS)
     return path.read_bytes()
 
 
@@ -364,12 +365,7 @@ def test_gguf_metadata(tmp_path_factory: pytest.TempPathFactory) -> None:
         for name, (said, kind) in about.items():
             writer.kv_data[0].pop(name, None)
             writer.add_key_value(name, said, kind)
-        writer.add_tensor("pos_embed", torch.zeros(4, 8).numpy())
-        writer.add_tensor("joint_blocks.0.x_block.attn.qkv.weight", torch.zeros(4, 32).numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish_gguf(writer, GGUF_TENSORS)
         file = survives(lambda: GGUFFile(path))
         for tensor in file or ():
             survives(lambda tensor=tensor: file[tensor])

@@ -35,7 +35,7 @@ from sd35_core.preflight import Model
 from sd35_core.quantization import Plan, quantized
 from sd35_core.text_encoder import ClipTextModel, clip_g, clip_l, encoder_configs
 
-from .models import TINY, random_inputs, random_weights
+from .models import TINY, finish_gguf, random_inputs, random_weights
 from .test_checkpoint import to_diffusers
 from .test_controlnet import embedder, in_diffusers_keys
 
@@ -389,12 +389,8 @@ def gguf_file(path: Path, about: Callable[[Any], Any]) -> Path:
     gguf = pytest.importorskip("gguf", reason="gguf is optional; python tools/test.py gets it")
     writer = gguf.GGUFWriter(path, "sd3")
     about(writer)
-    writer.add_tensor("pos_embed", torch.zeros(16, 128).numpy())
-    writer.add_tensor("joint_blocks.0.x_block.attn.qkv.weight", torch.zeros(4, 32).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    weight = "joint_blocks.0.x_block.attn.qkv.weight"
+    finish_gguf(writer, {"pos_embed": torch.zeros(16, 128), weight: torch.zeros(4, 32)})
     return path
 
 
