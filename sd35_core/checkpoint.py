@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .config import AXES, MMDiTXConfig, Shapes, config_from_shapes
 from .errors import CheckpointError, is_out_of_memory
 from .layers import Operations, joined_axes, split_axes
-from .limits import BLOCKS, HEADER, TENSORS, bounded, counted
+from .limits import BLOCKS, HEADER, PIECES, TENSORS, bounded, counted
 from .mmditx import MMDiTX
 from .packing import PackedOperations, is_packed, packed_layers
 from .whole_file import WriteError, sweep, write_whole
@@ -89,69 +89,111 @@ JOINED_IN_BLOCK = {
 }
 
 
+NUMBERED = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})(\.safetensors|\.sft)", re.IGNORECASE)
+"""The names of a model's files where it has several, as diffusers and transformers save it."""
+
+
+class Piece(NamedTuple):
+    """One file of a model: its version, and where its tensors' bytes begin."""
+
+    path: Path
+    version: tuple[int, int]
+    start: int
+
+
 class TensorFile(Mapping[str, Tensor]):
     """The tensors of a safetensors file, each read when it is asked for.
 
-    A tensor gets memory of its own, so the file can be replaced or deleted afterwards. Raises
-    CheckpointError, here or on reading, when the file is damaged or became another, and for a
-    header beyond `limits`, before anything parses it.
+    Of a model that was saved in several files, `name-00001-of-00003.safetensors`, any one stands
+    for all. A tensor gets memory of its own, so the file can be replaced or deleted afterwards.
+    Raises CheckpointError, here or on reading, when a file is missing, damaged or became another,
+    and for a header beyond `limits`, before anything parses it.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        source = f"'{self.path.name}'"
+        self.metadata: dict[str, str] = {}
+        self.entries: dict[str, tuple[Piece, dict[str, Any]]] = {}
+        for path in pieces_of(self.path):
+            self._add(path)
+
+    def _add(self, path: Path) -> None:
+        source = f"'{path.name}'"
         try:
-            with self.path.open("rb") as file:
-                self.version = version_of(file)
+            with path.open("rb") as file:
+                version = version_of(file)
                 length = int.from_bytes(file.read(8), "little")
-                if length <= self.version[0]:  # of a longer one safe_open says what it is
+                if length <= version[0]:  # of a longer one safe_open says what it is
                     bounded(HEADER, length, source)
-                with safe_open(self.path, framework="pt") as checked:
-                    self.metadata: dict[str, str] = checked.metadata() or {}
+                with safe_open(path, framework="pt") as checked:
+                    self.metadata |= checked.metadata() or {}
                 header = json.loads(file.read(length))
         except (SafetensorError, OSError, ValueError) as error:
-            raise unreadable(self.path, error) from error
+            raise unreadable(path, error) from error
         header.pop("__metadata__", None)
-        bounded(TENSORS, len(header), source)
-        self.entries: dict[str, dict[str, Any]] = header
-        self.start = 8 + length
+        piece = Piece(path, version, 8 + length)
+        self.entries |= {key: (piece, entry) for key, entry in header.items()}
+        bounded(TENSORS, len(self.entries), source)
 
     def __getitem__(self, key: str) -> Tensor:
-        entry = self.entries[key]
+        piece, entry = self.entries[key]
         begin, end = entry["data_offsets"]
         if entry["dtype"] not in DTYPES:
             known = f"known are {', '.join(DTYPES)}"
-            raise unreadable(self.path, ValueError(f"dtype {entry['dtype']} of '{key}'; {known}"))
+            raise unreadable(piece.path, ValueError(f"dtype {entry['dtype']} of '{key}'; {known}"))
         data = bytearray(end - begin)
         rest = memoryview(data)
         try:
-            with self.path.open("rb", buffering=0) as file:
-                if version_of(file) != self.version:
+            with piece.path.open("rb", buffering=0) as file:
+                if version_of(file) != piece.version:
                     raise CheckpointError(
-                        f"'{self.path.name}' was replaced by another file while it was read. "
+                        f"'{piece.path.name}' was replaced by another file while it was read. "
                         "Wait until that one is whole, then queue again."
                     )
-                file.seek(self.start + begin)
+                file.seek(piece.start + begin)
                 while rest:
                     count = file.readinto(rest)
                     if not count:
                         raise OSError(f"it ended in the middle of '{key}'")
                     rest = rest[count:]
         except OSError as error:
-            raise unreadable(self.path, error) from error
+            raise unreadable(piece.path, error) from error
         dtype = DTYPES[entry["dtype"]]
         values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return values.view(entry["shape"])
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Without reading the tensor."""
-        return tuple(self.entries[key]["shape"])
+        return tuple(self.entries[key][1]["shape"])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
+
+
+def pieces_of(path: Path) -> list[Path]:
+    """The files of a model, by the name of any of them: one, or all that lie beside it under
+    numbered names. Raises CheckpointError when some of those are missing."""
+    match = NUMBERED.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = bounded(PIECES, int(match[3]), f"'{path.name}'")
+    names = [f"{match[1]}-{i:05}-of-{match[3]}{match[4]}" for i in range(1, count + 1)]
+    missing = [name for name in names if not path.with_name(name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"'{path.name}' is one of {count} files of a model, and {len(missing)} of them are not "
+            f"beside it, '{missing[0]}' among them. Put all {count} into one folder."
+        )
+    return [path.with_name(name) for name in names]
+
+
+def is_later_piece(name: str) -> bool:
+    """Whether a file's name is that of a model's second file or a later one."""
+    match = NUMBERED.fullmatch(name)
+    return match is not None and int(match[2]) > 1
 
 
 class Part(Mapping[str, Tensor]):
@@ -193,6 +235,12 @@ def unreadable(path: str | Path, error: Exception, kind: str = "safetensors") ->
     path = Path(path)
     if is_out_of_memory(error):
         return MemoryError(str(error))
+    if path.is_dir():
+        inside = sorted(str(p.relative_to(path)) for p in path.glob("**/*.safetensors"))[:3]
+        return CheckpointError(
+            f"'{path.name}' is a folder, expected a file"
+            + (f". Choose one in it: {', '.join(inside)}." if inside else " with a model.")
+        )
     if not path.is_file():
         return CheckpointError(
             f"'{path.name}' is not there: it was moved or deleted. Put it back, or choose another "
@@ -374,25 +422,32 @@ def shapes_of(state_dict: Mapping[str, Tensor]) -> Shapes:
     return {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
 
 
-def checked_config(state_dict: Mapping[str, Tensor], source: str = "this file") -> MMDiTXConfig:
+def checked_config(
+    state_dict: Mapping[str, Tensor], source: str = "this file", largest: int | None = None
+) -> MMDiTXConfig:
     """The configuration, once every tensor is there, of the right shape and finite.
 
-    Raises CheckpointError.
+    Raises CheckpointError. largest: as in `check_tensors`.
     """
     config = config_from_shapes(shapes_of(state_dict), source)
     expected = shapes_of(MMDiTX(config, device="meta").state_dict())
-    check_tensors(state_dict, expected, config.variant, source)
+    check_tensors(state_dict, expected, config.variant, source, largest)
     return config
 
 
 def check_tensors(
-    state_dict: Mapping[str, Tensor], expected: Shapes, what: str, source: str
+    state_dict: Mapping[str, Tensor],
+    expected: Shapes,
+    what: str,
+    source: str,
+    largest: int | None = None,
 ) -> None:
     """Raise CheckpointError unless every expected tensor is there, of its shape, and of finite
     numbers.
 
     Of a packed layer's entries it is only checked that the layer is one whose weight is a matrix:
-    the rest is left to the layer that loads them. Each tensor is read once.
+    the rest is left to the layer that loads them. Each tensor is read once; with `largest`, of
+    those with more values none: a host that reads weights as it needs them would read them twice.
     """
     shapes = shapes_of(state_dict)
     missing = sorted(expected.keys() - shapes.keys())
@@ -424,7 +479,7 @@ def check_tensors(
                 f"{source}: '{key}' holds {_named(tensor.dtype)} numbers, expected floating-point "
                 "ones. The file was converted wrongly; download the original."
             )
-        if not _finite(tensor):
+        if (largest is None or tensor.numel() <= largest) and not _finite(tensor):
             raise CheckpointError(
                 f"{source}: '{key}' holds NaN or infinite values, so every picture would be "
                 "black. The file is damaged or was converted wrongly; download the original."

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .checkpoint import (
@@ -188,7 +189,19 @@ def controlnet(state_dict: Mapping[str, Tensor], source: str = "this file") -> S
     for key, parts in split.items():
         if len(parts) == len(_JOINED):
             found[key] = joined([parts[name] for name in _JOINED], key, source)
+    _complete(found)
     return found
+
+
+def _complete(tensors: StateDict) -> None:
+    """Give an 8b without an x_embedder an empty one: it has none in diffusers, and uses none."""
+    y, hint = tensors.get("y_embedder.mlp.0.weight"), tensors["pos_embed_input.proj.weight"]
+    if y is None or y.ndim != 2 or hint.ndim != 4 or y.shape[1] == len(hint):
+        return
+    bias = tensors.get("pos_embed_input.proj.bias")
+    for key, like in (("weight", hint), ("bias", bias)):
+        if like is not None:
+            tensors.setdefault(f"x_embedder.proj.{key}", torch.zeros_like(like))
 
 
 _WANTED = "Choose one of Stability AI's for SD3.5 (blur, canny or depth), or one made by this pack."

@@ -79,10 +79,11 @@ def away_from_skipped(denoised: Tensor, cond: Tensor, skipped: Tensor, scale: fl
     return denoised + scale * (cond - skipped)
 
 
-def step_of(sigma: float, schedule: Tensor) -> int:
+def step_of(sigma: Tensor, schedule: Tensor) -> int:
     """The step, from 0, in which a model call at `sigma` falls; schedule: (steps + 1,), falling.
 
     Calls between two levels, as second-order samplers make them, belong to the step under way.
+    Of a sigma on a card one number is read, so the program waits for it once.
     """
     reached = (schedule[:-1] >= sigma * (1 - 1e-6)).sum()
     return max(int(reached) - 1, 0)

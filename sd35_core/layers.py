@@ -84,8 +84,8 @@ def split_axes(table: Tensor) -> Tensor | None:
 
 def by_rows(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """layer(x) of (B, width), always 16 rows in a call: a row gives the same in every batch."""
-    parts = F.pad(x, (0, 0, 0, -len(x) % ROWS)).split(ROWS)
-    return torch.cat([layer(part) for part in parts])[: len(x)]
+    parts = [layer(part) for part in F.pad(x, (0, 0, 0, -len(x) % ROWS)).split(ROWS)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[: len(x)]
 
 
 class Embedder(nn.Module):

@@ -46,8 +46,12 @@ HEADER = Limit("the length of its header in bytes", 8_000_000, least=0)
 """Large's takes 0.1 MB; 8 MB are parsed in a sixth of a second, into 10 times as much memory."""
 TENSORS = Limit("the number of its tensors", 100_000, least=0)
 """A checkpoint with all text encoders has 2,000; every reader goes through their names."""
+PIECES = Limit("the number of its files", 1000)
+"""Large in fp32 has 4 of 10 GB."""
 COMFY_QUANT = Limit("the length of its comfy_quant in bytes", 4096)
 """A JSON text of about 100."""
+DESCRIPTION = Limit("the length of its sd35_config in bytes", 65536)
+"""A JSON text of about 300."""
 GGUF_VALUES = Limit("the number of values in its header", 200_000)
 """Large's has 8,000, T5's words 130,000; gguf reads each by a call."""
 DIGITS = Limit("the number of digits of a block's number", 4)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .mmditx import MMDiTX, Modulations
 
 MOST_ROWS = 128
 """Kept at once; Large has 2.2 MB in a row at 16 bits, Medium 1 MB."""
+
+Hold = Callable[[nn.Module], AbstractContextManager[Any]]
+"""Has a block's weights at hand while all of its modulations are computed."""
 
 
 class ModulationCache:
@@ -21,7 +26,8 @@ class ModulationCache:
     (Heun's midpoints) has those computed when it asks. The numbers are the network's own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hold: Hold = nullcontext) -> None:
+        self.hold = hold
         self.clear()
 
     def clear(self) -> None:
@@ -40,7 +46,7 @@ class ModulationCache:
             self._add(network, timestep, y, missing, ahead)
             found = self._places(timestep, y)
         if self.kept is None or None in found:  # NaN is never found
-            return computed(network, network.conditioning(timestep, y))
+            return computed(network, network.conditioning(timestep, y), self.hold)
         rows = torch.tensor(found, device=y.device)
         blocks = [(text[rows], image[rows]) for text, image in self.kept.blocks]
         return Modulations(self.kept.c[rows], blocks, self.kept.final[rows])
@@ -68,7 +74,7 @@ class ModulationCache:
             later = ahead[ahead < times.max()][: max(MOST_ROWS // max(len(texts), 1) - 1, 0)]
             times = torch.cat([times, later.repeat(len(texts))])
             pooled = torch.cat([pooled, texts.repeat_interleave(len(later), dim=0)])
-        fresh = computed(network, network.conditioning(times, pooled))
+        fresh = computed(network, network.conditioning(times, pooled), self.hold)
         if self.pairs is None or self.kept is None or len(self.pairs[0]) + len(times) > MOST_ROWS:
             self.pairs, self.kept = (times, pooled), fresh
             return
@@ -81,11 +87,21 @@ class ModulationCache:
         self.kept = Modulations(torch.cat([self.kept.c, fresh.c]), blocks, final)
 
 
-def computed(network: MMDiTX, c: Tensor) -> Modulations:
+def computed(network: MMDiTX, c: Tensor, hold: Hold = nullcontext) -> Modulations:
     """The modulations of c: (R, hidden), layer by layer."""
-    layers: list[Any] = list(network.joint_blocks)
-    blocks = [block.modulation(c) for block in layers]
-    return Modulations(c, blocks, network.final_layer.modulation(c))
+    layers: list[Any] = [*network.joint_blocks, network.final_layer]
+    found = []
+    for layer in layers:
+        with hold(layer):
+            found.append(layer.modulation(c))
+    return Modulations(c, found[:-1], found[-1])
+
+
+def most_values(network: MMDiTX) -> int:
+    """How many numbers a full cache keeps."""
+    blocks: list[Any] = list(network.joint_blocks)
+    parts = sum(b.context_block.modulations + b.x_block.modulations for b in blocks)
+    return MOST_ROWS * (parts + 3) * network.config.hidden  # and c, and the final layer's two
 
 
 def _among(rows: Tensor, others: Tensor) -> Tensor:

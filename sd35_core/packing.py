@@ -39,6 +39,8 @@ VERSION = 1
 GROUP = 128
 """Weights of a row that share a scale in sd35_vq2; both 1536 and 2432 are multiples."""
 VECTOR, ENTRIES = 4, 256
+INT8_ROWS = 32
+"""The fewest rows of an int8 product: on CUDA it takes more than 16."""
 CHUNK = 1 << 16
 """Vectors that are compared with all entries at once."""
 DAMPING = 0.1
@@ -307,8 +309,10 @@ def int8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """x (N, in) times codes (out, in)^T times scale (out, 1), with x rounded to int8: (N, out)."""
     per_token = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / 127
     rounded = (x / per_token).round().to(torch.int8)
+    missing = max(INT8_ROWS - len(x), 0)
+    rounded = F.pad(rounded, (0, 0, 0, missing)) if missing else rounded
     product = torch._int_mm(rounded, codes.T)  # pyright: ignore[reportPrivateImportUsage]
-    return (product * (per_token * scale.float().T)).to(x.dtype)
+    return (product[: len(x)] * (per_token * scale.float().T)).to(x.dtype)
 
 
 def packed_under(state_dict: Mapping[str, Tensor], prefix: str) -> Packed:

@@ -19,6 +19,7 @@ from .mmditx import MMDiTX, Twin
 from .sampling import SAMPLERS, Denoise, sigmas
 from .step_cache import PACES, StepCache
 from .text_encoder import (
+    SAVED,
     ClipTextModel,
     Tokenize,
     check_encoder,
@@ -133,7 +134,7 @@ class Pipeline:
         rows = [torch.arange(count, device=x.device)]
         if settings.cfg != 1:
             rows.append(rows[0] + count)
-        active = slg.active(step_of(float(sigma[0]), levels), settings.steps)
+        active = slg.active(step_of(sigma[0], levels), settings.steps)
         twins = []
         if active:
             first = len(rows) * count
@@ -160,7 +161,7 @@ def paced(denoise: Denoise, settings: Settings, levels: Tensor) -> Denoise:
     cache = StepCache(PACES[settings.pace], len(levels) - 1)
 
     def denoised(x: Tensor, sigma: Tensor, **inputs: Tensor) -> Tensor:
-        level, step = float(sigma[0]), step_of(float(sigma[0]), levels)
+        level, step = float(sigma[0]), step_of(sigma[0], levels)
         acting = settings.slg.active(step, settings.steps)
         return cache.denoised(step, level, acting, lambda: denoise(x, sigma, **inputs))
 
@@ -179,7 +180,8 @@ def load_encoders(path: Path) -> dict[str, ClipTextModel]:
     Raises CheckpointError for a file without them.
     """
     file, encoders = TensorFile(path), {}
-    for name, config in encoder_configs(file.metadata, path.name).items():
+    saved = file.get(SAVED)
+    for name, config in encoder_configs(file.metadata, path.name, saved).items():
         tensors = under(file, f"text_encoders.{name}.transformer.")
         check_encoder(tensors, config, f"The text encoder {name} in '{path.name}'")
         encoder = encoders[name] = ClipTextModel(config).requires_grad_(False).eval()

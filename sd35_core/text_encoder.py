@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .checkpoint import check_tensors, shapes_of
 from .errors import CheckpointError, SettingError
-from .limits import TEXT_HEADS, TEXT_LAYERS, TEXT_WIDTH, Limit, bounded, counted
+from .limits import DESCRIPTION, TEXT_HEADS, TEXT_LAYERS, TEXT_WIDTH, Limit, bounded, counted
 
 START, END = 49406, 49407
 VOCABULARY = 49408
@@ -66,13 +66,30 @@ SIZES: dict[str, Limit] = {
 }
 
 
-def encoder_configs(metadata: Mapping[str, str], source: str) -> dict[str, ClipConfig]:
-    """How a small model's text encoders are built, from its file's metadata.
+SAVED = "text_encoders.sd35_config"
+"""The tensor of a file that holds its description as bytes: hosts that save a model keep tensors,
+and no metadata."""
+
+
+def saved_description(configs: Mapping[str, ClipConfig]) -> Tensor:
+    """The bytes of `SAVED`, uint8 (N,)."""
+    sizes = {name: dict(zip(SIZES, config.size)) for name, config in configs.items()}
+    return torch.tensor(list(json.dumps({"text_encoders": sizes}).encode()), dtype=torch.uint8)
+
+
+def encoder_configs(
+    metadata: Mapping[str, str], source: str, saved: Tensor | None = None
+) -> dict[str, ClipConfig]:
+    """How a small model's text encoders are built, from its file's metadata or its `SAVED`.
 
     Raises CheckpointError when that says nothing of them, or sizes beyond `limits`.
     """
     try:
-        described = json.loads(metadata.get("sd35_config", "{}")).get("text_encoders", {})
+        text = metadata.get("sd35_config", "{}")
+        if "sd35_config" not in metadata and saved is not None and saved.dtype == torch.uint8:
+            bounded(DESCRIPTION, saved.numel(), f"'{source}'")
+            text = bytes(saved.flatten().tolist()).decode()
+        described = json.loads(text).get("text_encoders", {})
         sizes = {name: tuple(described[name][size] for size in SIZES) for name in described}
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         sizes = {}

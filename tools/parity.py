@@ -111,7 +111,7 @@ def check_trajectory(record: Record, tensors: Tensors) -> Iterator[Difference]:
     schedule = tensors["in.sigmas"]
 
     def denoise(x: Tensor, sigma: Tensor, cfg: float, slg: SkipLayers | None) -> Tensor:
-        step = step_of(float(sigma[0]), schedule)
+        step = step_of(sigma[0], schedule)
         active = slg is not None and slg.active(step, record["steps"])
         count = 3 if active else 2
         twins = [Twin(2, slg.layers, source=1)] if slg is not None and active else []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import folder_paths
 
+from ...sd35_core.checkpoint import is_later_piece, pieces_of
 from ...sd35_core.errors import CheckpointError
 from ...sd35_core.gguf_file import EXTENSION
 
@@ -54,8 +55,10 @@ def controlnet_path(name: str) -> Path:
 
 
 def listed(folder: str) -> list[str]:
-    """The safetensors files of one of the host's model folders."""
-    return [n for n in folder_paths.get_filename_list(folder) if n.lower().endswith(FORMATS)]
+    """The safetensors files of one of the host's model folders; of a model in several files the
+    first, which stands for all."""
+    names = [n for n in folder_paths.get_filename_list(folder) if n.lower().endswith(FORMATS)]
+    return [name for name in names if not is_later_piece(Path(name).name)]
 
 
 def listed_gguf(folder: str) -> list[str]:
@@ -92,10 +95,10 @@ def path_in(folder: str, name: str) -> Path:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Something else when the file is replaced. A hash of path, size and time: the host writes it
-    into every picture, where a path has no place."""
-    stat = Path(path).stat()
-    return hashed(f"{path} {stat.st_size} {stat.st_mtime_ns}")
+    """Something else when the file, or one of a model's, is replaced. A hash of path, size and
+    time: the host writes it into every picture, where a path has no place."""
+    stats = [(piece, piece.stat()) for piece in pieces_of(Path(path))]
+    return hashed(" ".join(f"{p} {stat.st_size} {stat.st_mtime_ns}" for p, stat in stats))
 
 
 def hashed(text: str) -> str:

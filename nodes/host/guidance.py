@@ -71,7 +71,7 @@ def with_skip_layers(model: Any, skip: SkipLayers, keep_control: bool = True) ->
         options = dict(options or {})
         schedule = options.get("transformer_options", {}).get("sample_sigmas")
         if schedule is not None and len(schedule) > 1:
-            step = step_of(float(sigma[0]), schedule)
+            step = step_of(sigma[0], schedule)
             if skip.active(step, len(schedule) - 1):
                 conds = executor.class_obj.conds
                 positive = conds.get("middle", conds.get("positive"))

@@ -21,6 +21,7 @@ from ...sd35_core.checkpoint import (
     TensorFile,
     checked_config,
     diffusion_model,
+    pieces_of,
     shapes_of,
     under,
     with_axes,
@@ -38,6 +39,10 @@ WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
+
+
+LARGEST_CHECKED = 1 << 20
+"""Values of a weight that are looked through for NaN before the host's reader needs it."""
 
 
 class ModelFile(NamedTuple):
@@ -84,18 +89,21 @@ def by_the_host(names: str) -> Iterator[None]:
         ) from error
 
 
-def read(path: Path) -> ModelFile:
+def read(path: Path, dynamic: bool = True) -> ModelFile:
     """A file, its tensors read when they are used. Raises CheckpointError for a damaged one.
 
-    With the host's dynamic weights its own reader keeps the file open and reads on demand.
+    With the host's dynamic weights its own reader keeps the file open and reads on demand; nothing
+    may write into such tensors, so what is not `dynamic` has its own.
     """
     if path.suffix.lower() == EXTENSION:
         gguf = InterruptibleGGUF(path)
         return ModelFile(path, gguf, gguf.metadata)
     file = InterruptibleFile(path)
-    if not comfy.memory_management.aimdo_enabled:
+    if not (dynamic and comfy.memory_management.aimdo_enabled):
         return ModelFile(path, file, file.metadata)
-    tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
+    tensors: StateDict = {}
+    for piece in pieces_of(path):
+        tensors |= comfy.utils.load_torch_file(str(piece), safe_load=True)
     return ModelFile(path, tensors, file.metadata)
 
 
@@ -103,7 +111,8 @@ def load_model(
     path: str, weight_dtype: str, modulation_cache: str = "auto", disable_dynamic: bool = False
 ) -> Any:
     """The MODEL of a file; the host reloads models through here, without dynamic weights."""
-    return model_from(read(Path(path)), weight_dtype, modulation_cache, disable_dynamic)
+    file = read(Path(path), dynamic=not disable_dynamic)
+    return model_from(file, weight_dtype, modulation_cache, disable_dynamic)
 
 
 def model_from(
@@ -117,7 +126,8 @@ def model_from(
     found = diffusion_model(file.tensors, name)
     with by_the_host(name):
         found, _ = comfy.utils.convert_old_quants(found, "", metadata=dict(file.metadata))
-    shape = checked_config(found, name)
+    by_the_hosts_reader = isinstance(file.tensors, dict)
+    shape = checked_config(found, name, LARGEST_CHECKED if by_the_hosts_reader else None)
     found = with_axes(found)
     config = SD35ModelConfig(replace(shape, axes=AXES in found))
     config.quant_config = comfy.utils.detect_layer_quantization(found, "")
@@ -135,15 +145,16 @@ def model_from(
         config.custom_operations = packed.operations(dtype, compute)
 
     model = config.get_model(found)
-    patcher_class = comfy.model_patcher.CoreModelPatcher
-    if disable_dynamic or management.is_device_cpu(device):
-        patcher_class = comfy.model_patcher.ModelPatcher
-    if patcher_class is comfy.model_patcher.ModelPatcher:
+    dynamic = comfy.model_patcher.CoreModelPatcher is comfy.model_patcher.ModelPatcherDynamic
+    if dynamic and not (disable_dynamic or management.is_device_cpu(device)):
+        patcher_class = packed.DynamicPackedPatcher if quantized else resting.DynamicPatcher
+    else:
         patcher_class = packed.PackedPatcher if quantized else resting.RestingPatcher
     patcher = patcher_class(model, load_device=device, offload_device=offload_device)
     resting.cache_modulations(patcher, modulation_cache)
-    if not patcher.is_dynamic() and not quantized:
-        found = {key: tensor.to(dtype) for key, tensor in found.items()}
+    if not quantized:  # dynamic weights are cast by the host where they are used, but small ones
+        later = patcher.is_dynamic()
+        found = {k: t if later and t.ndim > 1 else t.to(dtype) for k, t in found.items()}
     with by_the_host(name):
         model.load_model_weights(found, "", assign=not quantized)
     if not management.is_device_cpu(offload_device):

@@ -17,7 +17,7 @@ from ...sd35_core.config import MMDiTXConfig
 from ...sd35_core.errors import SettingError
 from ...sd35_core.layers import Attend, JointBlock
 from ...sd35_core.mmditx import MMDiTX, Twin
-from ...sd35_core.modulation import ModulationCache
+from ...sd35_core.modulation import ModulationCache, most_values
 from . import processor
 
 Options = dict[str, Any]
@@ -234,12 +234,20 @@ class SD35Model(comfy.model_base.SD3):
         if torch.is_grad_enabled():
             cache = None
         if cache is not None and y is not None and y.shape[-1] == width:
-            y = y.to(x.device, self.get_dtype_inference())
+            named["y"] = y = y.to(x.device, self.get_dtype_inference())
             steps = options.get("sample_sigmas", t)[:-1]
             times, ahead = (self.model_sampling.timestep(s).float() for s in (t, steps))
             known = cache.of(network, times, y, ahead)
             options = {**options, MODULATIONS: known}
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **named)
+
+    def memory_required(self, *arguments: Any, **named: Any) -> float:
+        """Bytes that a call takes beside the weights; with the cache, its modulations as well."""
+        needed = super().memory_required(*arguments, **named)
+        if self.modulation_cache is None and not getattr(self, "resting", False):
+            return needed
+        network = getattr(self.diffusion_model, "_orig_mod", self.diffusion_model)
+        return needed + most_values(network) * self.get_dtype_inference().itemsize
 
     def encode_adm(self, **kwargs: Any) -> Tensor | None:
         return kwargs.get("pooled_output")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...sd35_core.errors import SettingError
 from ...sd35_core.packing import FORMATS, check_packed, format_named, packed_under, unpack
-from .resting import RestingPatcher
+from .resting import DynamicPatcher, RestingPatcher
 
 
 @cache
@@ -154,7 +154,24 @@ class HookPatch(comfy.model_patcher.LowVramPatch):
     """A LoRA that a hook adds to one prompt alone."""
 
 
-class PackedPatcher(RestingPatcher):
+class UsePatch(comfy.model_patcher.LowVramPatch):
+    """A LoRA that is added to an unpacked weight; where the weight is, its matrices are too."""
+
+    held = 0
+
+    def move_to(self, device: Any) -> int:
+        """Keep the matrices on a device; the bytes that they take there."""
+        if self.held or comfy.model_management.is_device_cpu(device):
+            return self.held
+        self.held = self.memory_required()
+        self.prepare(torch.empty(self.held, dtype=torch.uint8, device=device), None)
+        return self.held
+
+    def clear_prepared(self) -> None:
+        """Nothing: the host clears what it prepared for one use; this stays for all."""
+
+
+class PackedWeights(comfy.model_patcher.ModelPatcher):
     """Adds LoRAs to the unpacked weight at each use; they are never rounded into packed ones."""
 
     def patch_weight_to_device(self, key: str, *rest: Any, **named: Any) -> Any:
@@ -177,6 +194,37 @@ class PackedPatcher(RestingPatcher):
         beside = (".weight_scale", ".weight_codebook", ".comfy_quant")
         return {key: value for key, value in found.items() if not key.endswith(beside)}
 
+    def load(self, device_to: Any = None, *args: Any, **named: Any) -> None:
+        super().load(device_to, *args, **named)
+        self._patch_at_use(device_to)
+
+    def _packed(self) -> Iterator[tuple[str, Any]]:
+        for name, module in self.model.named_modules():
+            if isinstance(getattr(module, "weight", None), QuantizedTensor):
+                yield f"{name}.weight", module
+
+    def _patch_at_use(self, device: Any) -> None:
+        """Hang the LoRAs on their layers, in the place of what the host hung there."""
+        for key, module in self._packed():
+            self._take_off(module)
+            if key not in self.patches:
+                continue
+            module.weight_lowvram_function = None  # the host's dynamic weights round it in
+            patch = UsePatch(key, self.patches)
+            if self.is_dynamic() or module.weight.device == device:
+                self.model.model_loaded_weight_memory += patch.move_to(device)
+            module.weight_function = [patch, *module.weight_function]
+
+    def _take_off(self, module: Any) -> None:
+        held = sum(f.held for f in module.weight_function if isinstance(f, UsePatch))
+        self.model.model_loaded_weight_memory -= held
+        kinds = (UsePatch, comfy.model_patcher.LowVramPatch)
+        module.weight_function = [f for f in module.weight_function if type(f) not in kinds]
+
+
+class PackedPatcher(PackedWeights, RestingPatcher):
+    """Packed weights, loaded before they are used."""
+
     def patch_hook_weight_to_device(
         self, hooks: Any, combined_patches: Any, key: str, *rest: Any, **named: Any
     ) -> None:
@@ -187,7 +235,7 @@ class PackedPatcher(RestingPatcher):
         super().patch_hooks(hooks)
         combined = self.get_combined_hook_patches(hooks)
         for key, module in self._packed():
-            functions = _without(HookPatch, module)
+            functions = _without_hooks(module)
             if key in combined:
                 functions.append(HookPatch(key, combined))
             module.weight_function = functions
@@ -195,36 +243,25 @@ class PackedPatcher(RestingPatcher):
     def unpatch_hooks(self, *args: Any, **named: Any) -> None:
         super().unpatch_hooks(*args, **named)
         for _, module in self._packed():
-            module.weight_function = _without(HookPatch, module)
-
-    def load(self, *args: Any, **named: Any) -> None:
-        super().load(*args, **named)
-        self._patch_at_use()
+            module.weight_function = _without_hooks(module)
 
     def partially_unload(self, *args: Any, **named: Any) -> Any:
         freed = super().partially_unload(*args, **named)
-        self._patch_at_use()
+        self._patch_at_use(self.load_device)
         return freed
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights:
             for _, module in self._packed():
-                module.weight_function = _without(comfy.model_patcher.LowVramPatch, module)
+                self._take_off(module)
         super().unpatch_model(device_to, unpatch_weights)
 
-    def _packed(self) -> Iterator[tuple[str, Any]]:
-        for name, module in self.model.named_modules():
-            if isinstance(getattr(module, "weight", None), QuantizedTensor):
-                yield f"{name}.weight", module
 
-    def _patch_at_use(self) -> None:
-        for key, module in self._packed():
-            functions = _without(comfy.model_patcher.LowVramPatch, module)
-            if key in self.patches:
-                patch = comfy.model_patcher.LowVramPatch(key, self.patches)
-                functions = [patch, *functions]
-            module.weight_function = functions
+class DynamicPackedPatcher(PackedWeights, DynamicPatcher):
+    """Packed weights under the host's dynamic VRAM."""
+
+    still = PackedPatcher
 
 
-def _without(kind: type, module: Any) -> list[Any]:
-    return [f for f in module.weight_function if type(f) is not kind]
+def _without_hooks(module: Any) -> list[Any]:
+    return [f for f in module.weight_function if type(f) is not HookPatch]

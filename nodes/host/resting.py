@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import comfy.model_management
-from comfy.model_patcher import ModelPatcher, wipe_lowvram_weight
+from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic, wipe_lowvram_weight
 from comfy.patcher_extension import CallbacksMP
+from torch import nn
 
+from ...sd35_core.config import AXES
 from ...sd35_core.modulation import ModulationCache
 
 AUTO, ON, OFF = "auto", "on", "off"
@@ -35,11 +39,33 @@ def _begin(patcher: Any) -> None:
     if patcher.is_dynamic() and model.modulation_mode == AUTO:
         free = comfy.model_management.get_free_memory(patcher.load_device)
         wanted = patcher.model_size() > free + patcher.loaded_size()
-    model.modulation_cache = ModulationCache() if wanted and not patcher.hook_patches else None
+    hold = partial(held, patcher.load_device)
+    model.modulation_cache = ModulationCache(hold) if wanted and not patcher.hook_patches else None
 
 
 def _end(patcher: Any) -> None:
     patcher.model.modulation_cache = None
+
+
+@contextmanager
+def held(device: Any, block: nn.Module) -> Iterator[None]:
+    """Keep a block's resting weights on the device, where they would be carried for each call.
+
+    What the host's dynamic weights change on their way is left to them.
+    """
+    resting = []
+    for name, module in block.named_modules(prefix="."):
+        changed = getattr(module, "weight_lowvram_function", None)
+        if RESTING in f"{name}." and hasattr(module, "comfy_cast_weights") and not changed:
+            resting.append((module, module.weight, module.bias))
+    for module, *parameters in resting:
+        moved = [p if p is None else nn.Parameter(p.to(device), False) for p in parameters]
+        module.weight, module.bias = moved
+    try:
+        yield
+    finally:
+        for module, weight, bias in resting:
+            module.weight, module.bias = weight, bias
 
 
 class RestingPatcher(ModelPatcher):
@@ -62,6 +88,9 @@ class RestingPatcher(ModelPatcher):
         force_patch_weights: bool = False,
         full_load: bool = False,
     ) -> None:
+        for module in self.model.modules():
+            if AXES in module._buffers:  # small, and read at each step
+                module.register_buffer(AXES, module.get_buffer(AXES).to(device_to))
         if not self._rests(full_load):
             super().load(device_to, lowvram_model_memory, force_patch_weights, full_load)
             return
@@ -115,3 +144,23 @@ class RestingPatcher(ModelPatcher):
         for name, module in self.model.named_modules():
             if RESTING in name and hasattr(module, "comfy_cast_weights"):
                 yield name, module
+
+
+class DynamicPatcher(ModelPatcherDynamic):
+    """A ModelPatcher under the host's dynamic VRAM, where adaLN weights are the last to stay."""
+
+    still: type[ModelPatcher] = RestingPatcher
+    """What a copy without dynamic weights is: the host makes one for hooks and for compiling."""
+
+    def _load_list(self, *arguments: Any, **named: Any) -> list[Any]:
+        """Entries (large, order, ..., name, module, parameters), sorted by the host afterwards."""
+        found = super()._load_list(*arguments, **named)
+        if self.model.modulation_mode == OFF:
+            return found
+        return [(2, 0, *entry[2:]) if RESTING in entry[-3] else entry for entry in found]
+
+    def clone(self, *arguments: Any, **named: Any) -> Any:
+        copy = super().clone(*arguments, **named)
+        if not copy.is_dynamic():
+            copy.__class__ = self.still
+        return copy

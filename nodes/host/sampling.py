@@ -10,6 +10,7 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
+from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ...sd35_core.errors import SettingError
@@ -31,7 +32,14 @@ def with_shift(model: Any, shift: float) -> Any:
     sampling.set_parameters(shift=shift, multiplier=1000)
     shifted = model.clone()
     shifted.add_object_patch("model_sampling", sampling)
+    shifted.add_callback_with_key(CallbacksMP.ON_CLEANUP, "sd35_shift", _forget_levels)
     return shifted
+
+
+def _forget_levels(patcher: Any) -> None:
+    """With dynamic weights the host would put the shifted noise levels into the model itself, as
+    a buffer that it took away, when it loads it again."""
+    getattr(patcher, "backup_buffers", {}).pop("model_sampling.sigmas", None)
 
 
 def sample(

@@ -40,7 +40,7 @@ def with_step_cache(
         cache = getattr(guider, "sd35_step_cache", None)
         if schedule is None or cache is None:
             return executor(x, sigma, options, seed)
-        level, step = float(sigma[0]), step_of(float(sigma[0]), schedule)
+        level, step = float(sigma[0]), step_of(sigma[0], schedule)
         guides = interval[0] * cache.steps <= step < interval[1] * cache.steps
 
         def compute() -> Tensor:

@@ -12,11 +12,17 @@ import folder_paths
 import torch
 import torch.nn.functional as F
 from comfy.text_encoders.sd3_clip import SD3ClipModel, SD3Tokenizer, t5_xxl_detect
+from torch import Tensor
 
 from ...sd35_core.checkpoint import StateDict, shapes_of, under
 from ...sd35_core.errors import CheckpointError, SettingError
 from ...sd35_core.limits import check_filled
-from ...sd35_core.text_encoder import check_encoder, encoder_configs
+from ...sd35_core.text_encoder import (
+    SAVED,
+    check_encoder,
+    encoder_configs,
+    saved_description,
+)
 from .loading import ModelFile, by_the_host, read
 
 CLIP_MARK = "text_model.final_layer_norm.weight"
@@ -41,9 +47,9 @@ def encoders_in(file: ModelFile) -> dict[str, StateDict]:
     }
 
 
-def read_encoder(name: str, path: Path) -> StateDict:
+def read_encoder(name: str, path: Path, dynamic: bool = True) -> StateDict:
     """One text encoder's file. Raises CheckpointError when it holds another model."""
-    file = read(path)
+    file = read(path, dynamic)
     with by_the_host(f"'{path.name}'"):
         tensors, _ = comfy.utils.convert_old_quants(dict(file.tensors), "", metadata=file.metadata)
     if "transformer.resblocks.0.ln_1.weight" in tensors:
@@ -61,7 +67,8 @@ def read_encoder(name: str, path: Path) -> StateDict:
 
 def load_clip(model_path: str, paths: dict[str, str | None], disable_dynamic: bool = False) -> Any:
     """The patcher of a CLIP, for the host, which reloads it through here."""
-    return clip_from(read(Path(model_path)), paths, disable_dynamic).patcher
+    file = read(Path(model_path), dynamic=not disable_dynamic)
+    return clip_from(file, paths, disable_dynamic).patcher
 
 
 def clip_from(file: ModelFile, paths: dict[str, str | None], disable_dynamic: bool = False) -> Any:
@@ -73,7 +80,7 @@ def clip_from(file: ModelFile, paths: dict[str, str | None], disable_dynamic: bo
     encoders = {}
     for name, path in paths.items():
         if path is not None:
-            encoders[name] = read_encoder(name, Path(path))
+            encoders[name] = read_encoder(name, Path(path), not disable_dynamic)
         elif name in inside:
             encoders[name] = inside[name]
     if not encoders:
@@ -111,9 +118,10 @@ class _Target(NamedTuple):
 class TinySD3Clip(SD3ClipModel):
     """The host's SD3 text path with CLIP encoders of other widths than the published ones."""
 
-    def __init__(self, widths: dict[str, int], **kwargs: Any):
+    def __init__(self, widths: dict[str, int], described: Tensor, **kwargs: Any):
         super().__init__(**kwargs)
         self.widths = widths
+        self.register_buffer(SAVED.rpartition(".")[2], described)
 
     def encode_token_weights(self, token_weight_pairs: dict[str, Any]) -> tuple[Any, ...]:
         """Context (1, L, 4096), pooled (1, widths together), and nothing more."""
@@ -140,7 +148,8 @@ class TinySD3Clip(SD3ClipModel):
 
 
 def _tiny(encoders: dict[str, StateDict], file: ModelFile, disable_dynamic: bool) -> Any:
-    configs = encoder_configs(file.metadata, file.path.name)
+    saved = file.tensors.get(SAVED)
+    configs = encoder_configs(file.metadata, file.path.name, saved)
     for name, config in configs.items():
         if name in encoders:
             source = f"The text encoder {name} for '{file.path.name}'"
@@ -151,6 +160,7 @@ def _tiny(encoders: dict[str, StateDict], file: ModelFile, disable_dynamic: bool
         "clip_g": "clip_g" in encoders,
         "t5": "t5xxl" in encoders,
         "widths": {name: config["hidden_size"] for name, config in described.items()},
+        "described": saved_description(configs),
         **(t5_xxl_detect(encoders["t5xxl"]) if "t5xxl" in encoders else {}),
     }
     state = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,3 +95,17 @@ def test_sizes_without_training_give_recognisable_pictures(
     assert pictures[0].size == size
     right = sum(verdict.thing_right for verdict in judge_all(pictures, scenes))
     assert right >= 12, "one in 256 by chance"
+
+
+def test_what_the_host_saves_of_it_still_knows_its_text_encoders(
+    comfy: SimpleNamespace, tmp_path: Path
+) -> None:
+    """The host keeps tensors and drops the metadata that describes them."""
+    file = comfy.loading.read(NANO)
+    model, clip = comfy.loading.model_from(file, "default"), comfy.text.clip_from(file, WHOLE)
+    saved = tmp_path / "saved.safetensors"
+    comfy.sd.save_checkpoint(str(saved), model, clip, comfy.loading.vae_from(file), metadata={})
+    again = comfy.text.clip_from(comfy.loading.read(saved), WHOLE)
+    seen, expected = (c.encode_from_tokens(c.tokenize(CAPTION)) for c in (again, clip))
+    assert difference(seen, expected) < 1e-3, "it saves in 16 bits"
+    assert Pipeline.load(saved, clip_tokenizer())

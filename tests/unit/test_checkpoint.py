@@ -19,6 +19,7 @@ from sd35_core.checkpoint import (
 )
 from sd35_core.config import VARIANTS, config_from_shapes
 from sd35_core.errors import CheckpointError
+from sd35_core.headers import model_in
 from sd35_core.mmditx import MMDiTX
 
 from .models import TINY, random_inputs, random_model, random_weights
@@ -170,3 +171,51 @@ def test_missing_wrong_and_broken_tensors_are_named() -> None:
             checked_config({**whole, key: broken})
     with pytest.raises(CheckpointError, match="'pos_embed' is missing"):
         checked_config({k: t for k, t in whole.items() if k != "pos_embed"})
+
+
+def in_pieces(folder: Path, tensors: StateDict) -> list[Path]:
+    """A model in two files, as diffusers saves a large one."""
+    keys = sorted(tensors)
+    paths = [folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for path, half in zip(paths, (keys[:20], keys[20:])):
+        save_file({key: tensors[key].contiguous() for key in half}, path, {"half": path.name})
+    return paths
+
+
+def test_any_file_of_several_stands_for_the_model(tmp_path: Path) -> None:
+    weights, inputs = random_weights(), random_inputs()
+    expected = random_model()(*inputs)
+    for path in in_pieces(tmp_path, to_diffusers(weights)):
+        assert torch.equal(load(path)(*inputs), expected)
+    model = model_in(path)
+    assert model is not None and model.depth == TINY.depth
+
+
+def test_a_file_that_is_missing_among_several_is_named(tmp_path: Path) -> None:
+    first, second = in_pieces(tmp_path, random_weights())
+    first.unlink()
+    with pytest.raises(CheckpointError, match=f"one of 2 files.* 1 of them .*'{first.name}'"):
+        load(second)
+    endless = tmp_path / "model-00001-of-99999.safetensors"
+    endless.write_bytes(second.read_bytes())
+    with pytest.raises(CheckpointError, match="the number of its files is 99,999"):
+        load(endless)
+
+
+def test_a_folder_is_said_to_be_one_and_its_files_are_named(tmp_path: Path) -> None:
+    inside = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    inside.parent.mkdir()
+    save_file(random_weights(), inside)
+    with pytest.raises(CheckpointError, match="is a folder.*diffusion_pytorch_model.safetensors"):
+        load(tmp_path)
+
+
+def test_large_weights_can_be_left_to_the_one_who_reads_them(tmp_path: Path) -> None:
+    weights = random_weights()
+    weights["joint_blocks.0.x_block.mlp.fc1.weight"][0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match="NaN"):
+        checked_config(weights)
+    assert checked_config(weights, largest=1000) == TINY
+    weights["joint_blocks.0.x_block.mlp.fc1.bias"][0] = torch.nan
+    with pytest.raises(CheckpointError, match="NaN"):
+        checked_config(weights, largest=1000)

@@ -18,6 +18,7 @@ from sd35_core.controlnet import (
     load_controlnet,
 )
 from sd35_core.errors import CheckpointError
+from sd35_core.headers import control_in
 
 from .models import TINY, random_inputs, random_model
 
@@ -154,3 +155,13 @@ def test_an_unknown_control_type_is_refused() -> None:
     tensors = {**embedder("2b").state_dict(), "control_type": torch.tensor([7])}
     with pytest.raises(CheckpointError, match="control_type 7"):
         config_of(tensors)
+
+
+def test_an_8b_of_diffusers_without_an_x_embedder_is_read(tmp_path: Path) -> None:
+    """diffusers saves none for it, and it uses none."""
+    model, path = embedder("8b"), tmp_path / "8b.safetensors"
+    tensors = {k: t for k, t in model.state_dict().items() if not k.startswith("x_embedder")}
+    save_file({k: t.contiguous() for k, t in in_diffusers_keys(tensors).items()}, path)
+    for seen, expected in zip(run(load_controlnet(path)), run(model)):
+        assert torch.equal(seen, expected)
+    assert control_in(path).hidden == TINY.hidden

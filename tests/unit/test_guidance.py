@@ -18,14 +18,14 @@ def test_the_official_window_fires_on_the_same_steps_of_every_schedule(
     schedule: str, steps: int, fired: int
 ) -> None:
     levels = sigmas(steps, 3.0, schedule)
-    active = [OFFICIAL.active(step_of(float(s), levels), steps) for s in levels[:-1]]
+    active = [OFFICIAL.active(step_of(s, levels), steps) for s in levels[:-1]]
     assert sum(active) == fired
     assert active.index(True) == 1
 
 
 def test_calls_between_two_levels_belong_to_the_step_under_way() -> None:
     levels = torch.tensor([1.0, 0.5, 0.25, 0.0])
-    assert [step_of(s, levels) for s in (1.0, 0.7, 0.5, 0.3, 0.25, 0.1, 0.0)] == [
+    assert [step_of(s, levels) for s in torch.tensor([1.0, 0.7, 0.5, 0.3, 0.25, 0.1, 0.0])] == [
         0,
         0,
         1,

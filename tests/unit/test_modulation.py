@@ -87,3 +87,15 @@ def test_what_is_not_a_number_is_not_kept() -> None:
         known = cache.of(network, timestep, y * torch.nan)
         assert known.c.isnan().all()
     assert known.c.shape == (2, TINY.hidden)
+
+
+def test_what_a_full_cache_takes_is_known_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modulation, "MOST_ROWS", 32)
+    network, cache = random_model(), ModulationCache()
+    times = torch.linspace(1000, 1, 31)
+    y = random_inputs(batch=1)[3]
+    cache.of(network, times[:1], y, times)
+    assert cache.kept is not None and 28 <= len(cache.kept.c) <= 32
+    kept = [cache.kept.c, cache.kept.final, *(t for pair in cache.kept.blocks for t in pair)]
+    rows = len(cache.kept.c)
+    assert sum(t.numel() for t in kept) == modulation.most_values(network) * rows // 32

@@ -22,7 +22,16 @@ from sd35_core.config import MMDiTXConfig
 from sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder, load_controlnet
 from sd35_core.errors import CheckpointError, SettingError
 from sd35_core.layers import grid_positions, split_axes
-from sd35_core.packing import FP8, INT8, VQ2, NativeLinear, PackedLinear, pack, unpack
+from sd35_core.packing import (
+    FP8,
+    INT8,
+    VQ2,
+    NativeLinear,
+    PackedLinear,
+    int8_product,
+    pack,
+    unpack,
+)
 from sd35_core.quantization import Plan, quantize_file, relative_error
 
 from .models import random_inputs, random_model, random_weights
@@ -359,3 +368,20 @@ def test_a_name_that_is_taken_during_the_work_stays_with_who_took_it(model_file:
     with pytest.raises(CheckpointError, match="int8.safetensors' is there already and was not rep"):
         quantize_file(model_file, Plan(8), on_layer=taken)
     assert name.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 40])
+def test_an_int8_product_has_as_many_rows_as_cuda_asks_for(
+    rows: int, weight: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product, seen = torch._int_mm, []  # pyright: ignore[reportPrivateImportUsage]
+
+    def as_on_cuda(x: Tensor, y: Tensor) -> Tensor:
+        seen.append(len(x))
+        return product(x, y)
+
+    monkeypatch.setattr(torch, "_int_mm", as_on_cuda)
+    packed, x = pack(weight, INT8), torch.randn(rows, 512)
+    out = int8_product(x, packed["weight"], packed["weight_scale"])
+    assert out.shape == (rows, 256) and seen[0] > 16
+    assert (out - F.linear(x, weight)).norm() / F.linear(x, weight).norm() < 0.03
