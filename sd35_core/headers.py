@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -168,41 +171,90 @@ def vae_channels(path: Path) -> int | None:
 
 
 _NUMBER = f"([0-9]{{1,{DIGITS.most}}})"
+_STABILITY_PREFIX = re.compile(r"lora_unet_|diffusion_model\.")
 _STABILITY_MODULE = re.compile(
     rf"joint_blocks_{_NUMBER}_(x_block|context_block)_"
-    r"(attn2?_(qkv|proj)|mlp_fc[12]|adaLN_modulation_1)"
+    r"(attn2?_(qkv|proj|ln_[qk])|mlp_fc[12]|adaLN_modulation_1)"
+    r"|[xt]_embedder_(proj|mlp_[02])|context_embedder|y_embedder_mlp_[02]"
+    r"|final_layer_(linear|adaLN_modulation_1)"
 )
+_DIFFUSERS_PREFIX = re.compile(r"transformer\.|base_model\.model\.|lora_transformer_|lycoris_")
 _DIFFUSERS_MODULE = re.compile(
-    rf"transformer_blocks_{_NUMBER}_(attn2?_(to_[qkv]|to_out_0|add_[qkv]_proj|to_add_out)"
-    r"|ff(_context)?_net_(0_proj|2)|norm1(_context)?_linear)"
+    rf"transformer_blocks_{_NUMBER}_(attn2?_(to_[qkv]|to_out_0|add_[qkv]_proj|to_add_out"
+    r"|norm_(added_)?[qk])|ff(_context)?_net_(0_proj|2)|norm1(_context)?_linear)"
+    r"|context_embedder|pos_embed_proj|time_text_embed_(timestep|text)_embedder_linear_[12]"
+    r"|norm_out_linear|proj_out"
 )
-_OUTER_MODULE = re.compile(
-    r"(x_embedder_proj|pos_embed_proj|context_embedder|[ty]_embedder_mlp_[02]|proj_out"
-    r"|final_layer_(linear|adaLN_modulation_1)|norm_out_linear"
-    r"|time_text_embed_(timestep|text)_embedder_linear_[12])"
+_CHANGE = re.compile(
+    r"\.(lora_(up|down|mid|[AB](\.default)?)(\.weight)?|lora(_linear_layer)?\.(up|down)\.weight"
+    r"|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2|[ab][12]\.weight|oft_blocks"
+    r"|diff(_b)?|set_weight|[wb]_norm)$"
 )
+"""What a LoRA of any kind keeps of a layer, after the layer's name. (GLoRA's are a1 to b2.)"""
 _TEXT_MODULE = re.compile(r"^(lora_te\d?_|text_encoder|te\d?_|clip_[lg]|t5xxl)")
+_MAGNITUDE = ".lora_magnitude_vector"
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA's layers of a diffusion model, and how many of them ComfyUI finds in this one.
+
+    magnitudes: DoRA's vectors under diffusers' names, which ComfyUI does not read; scale: alpha
+    over rank where it stands in the metadata alone, which it does not read either.
+    """
+
+    layers: int | None = None
+    matched: int | None = None
+    magnitudes: int = 0
+    scale: float = 1.0
 
 
 @_kept
-def matched_keys(path: Path, model: Model) -> tuple[int | None, int | None]:
-    """(keys for a diffusion model, those that fit this one) of a LoRA's file, from its header."""
+def lora_in(path: Path, model: Model) -> LoraFile:
+    """Facts of a LoRA's file, from its header."""
     try:
         file = TensorFile(path)
     except CheckpointError:
-        return None, None
-    keys = [key for key in file if key.endswith(".weight") and not _TEXT_MODULE.match(key)]
-    return len(keys), sum(_fits(key, file.shape(key), model) for key in keys)
+        return LoraFile()
+    sides: dict[str, list[tuple[int, ...]]] = {}
+    for key in file:
+        change = _CHANGE.search(key)
+        if change and not _TEXT_MODULE.match(key):
+            shapes = sides.setdefault(key[: change.start()], [])
+            shapes += [] if "lokr" in change[1] else [file.shape(key)]
+    matched = sum(_fits(name, shapes, model) for name, shapes in sides.items())
+    magnitudes = sum(_MAGNITUDE in key for key in file)
+    has_alpha = any(key.endswith(".alpha") for key in file)
+    return LoraFile(len(sides), matched, magnitudes, 1.0 if has_alpha else _scale_in(file.metadata))
 
 
-def _fits(key: str, shape: tuple[int, ...], model: Model) -> bool:
-    """Whether a LoRA's key names a layer of the model, of its width."""
-    name = key.replace(".", "_")
-    block = _STABILITY_MODULE.search(name) or _DIFFUSERS_MODULE.search(name)
-    if block is None:
-        return _OUTER_MODULE.search(name) is not None and "transformer_blocks" not in name
-    if model.depth is not None and int(block[1]) >= model.depth:
+def _scale_in(metadata: Mapping[str, str]) -> float:
+    """alpha over rank as diffusers notes it; 1 where it says nothing that makes sense."""
+    try:
+        said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        scale = said["transformer.lora_alpha"] / said["transformer.r"]
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
+        return 1.0
+    return float(scale) if math.isfinite(scale) and scale > 0 else 1.0
+
+
+def _fits(name: str, shapes: list[tuple[int, ...]], model: Model) -> bool:
+    """Whether ComfyUI finds a LoRA's layer in the model, and one of its sides has that width."""
+    for prefix, modules in (
+        (_STABILITY_PREFIX, _STABILITY_MODULE),
+        (_DIFFUSERS_PREFIX, _DIFFUSERS_MODULE),
+    ):
+        found = prefix.match(name)
+        module = found and modules.fullmatch(name[found.end() :].replace(".", "_"))
+        if module:
+            break
+    else:
         return False
-    if model.hidden is None or len(shape) != 2:
+    if module[1] is None:
         return True
-    return any(side % model.hidden == 0 for side in shape)
+    if model.depth is not None and int(module[1]) >= model.depth:
+        return False
+    matrices = [shape for shape in shapes if len(shape) == 2]
+    if model.hidden is None or not matrices:  # a LoKr's factors have sides of their own
+        return True
+    return any(side % model.hidden == 0 for shape in matrices for side in shape)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 IDLE = {
-    "FreeU": "FreeU",
-    "FreeU_V2": "FreeU V2",
     "HyperTile": "HyperTile",
     "TomePatchModel": "Tome Patch Model",
     "PatchModelAddDownscale": "Kohya Deep Shrink (PatchModelAddDownscale)",
     "HypernetworkLoader": "Hypernetwork Loader",
     "DeepCacheModel": "DeepCache",
+    "UNetSelfAttentionMultiply": "UNet Self Attention Multiply",
+    "UNetCrossAttentionMultiply": "UNet Cross Attention Multiply",
+    "UNetTemporalAttentionMultiply": "UNet Temporal Attention Multiply",
 }
 """Nodes whose hooks only U-Nets have."""
+FAILING = {
+    "FreeU": "FreeU",
+    "FreeU_V2": "FreeU V2",
+    "SelfAttentionGuidance": "Self-Attention Guidance",
+}
+"""Nodes that end a run with SD3 in an error."""
+IDLE_ON_PROMPTS = {"FluxGuidance": "FluxGuidance"}
+"""Nodes between a prompt and a sampler whose setting SD3 does not read."""
 IDLE_ON_STOCK = {
     "EasyCache": "EasyCache",
     "PerturbedAttention": "Perturbed-Attention Guidance",
@@ -52,6 +61,17 @@ SAMPLERS = {"SD35Sampler", "SD35SkipLayerSweep", "KSampler", "KSamplerAdvanced",
 CHECK_OUTPUTS = ("model", "positive", "negative", "latent")
 """Inputs of SD35Check that come out again, in this order."""
 EMPTY_LATENTS = {"EmptySD3LatentImage": 16, "EmptyLatentImage": 4}
+VIDEO_LATENTS = {"EmptyHunyuanLatentVideo", "EmptyLTXVLatentVideo", "EmptyMochiLatentVideo",
+                 "EmptyCosmosLatentVideo", "EmptyHunyuanVideo15Latent"}  # fmt: skip
+"""With a dimension for time, which SD3 does not take."""
+TEXT_LOADERS = {
+    "SD35Loader": ("clip_l", "clip_g", "t5xxl"),
+    "CLIPLoader": ("clip_name",),
+    "DualCLIPLoader": ("clip_name1", "clip_name2"),
+    "TripleCLIPLoader": ("clip_name1", "clip_name2", "clip_name3"),
+}
+"""Class -> the widgets that name text encoders."""
+SKIPS_OF_THE_HOST = {"SkipLayerGuidanceDiT", "SkipLayerGuidanceSD3", "SkipLayerGuidanceDiTSimple"}
 NO_FILE = {"none", "from model file"}
 WIDGETS: dict[str, tuple[str, ...]] = {
     "KSampler": ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"),
@@ -64,6 +84,7 @@ WIDGETS: dict[str, tuple[str, ...]] = {
     "KSamplerSelect": ("sampler_name",),
     "RandomNoise": ("noise_seed",),
     "CFGGuider": ("cfg",),
+    "DualCFGGuider": ("cfg_conds", "cfg_cond2_negative", "style"),
     "CheckpointLoaderSimple": ("ckpt_name",),
     "UNETLoader": ("unet_name", "weight_dtype"),
     "UnetLoaderGGUF": ("unet_name",),
@@ -86,6 +107,10 @@ WIDGETS: dict[str, tuple[str, ...]] = {
     "ModelSamplingSD3": ("shift",),
     "ModelSamplingAuraFlow": ("shift",),
     "SkipLayerGuidanceSD3": ("layers", "scale", "start_percent", "end_percent"),
+    "SkipLayerGuidanceDiTSimple": (
+        "double_layers", "single_layers", "start_percent", "end_percent",
+    ),
+    "FluxGuidance": ("guidance",),
     "SkipLayerGuidanceDiT": (
         "double_layers", "single_layers", "scale", "start_percent", "end_percent",
         "rescaling_scale",

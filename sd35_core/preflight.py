@@ -5,6 +5,7 @@ A fact that is not known is None (or an empty tuple), and then no rule that need
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +30,8 @@ CHANNELS = 16
 PIXELS_OF_A_PATCH = 16
 SMALLEST, LARGEST = 0.25, 2.0
 """Megapixels that SD3.5 was made for."""
+CLIP_TOKENS = 77
+"""What CLIP-L and CLIP-G were trained with."""
 T5_TOKENS = 256
 """What SD3.5 was trained with; beyond it Medium's edges break (its model card)."""
 FAMILIES = {1536: "SD3.5 Medium", 2432: "SD3.5 Large", 256: "the model that comes with the pack"}
@@ -63,6 +66,15 @@ class Prompt:
     pooled: int | None = None
     pooled_is_zero: bool = False
     finite: bool = True
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The text encoders: the model that they are combined for, and which there are."""
+
+    made_for: str = "sd3"
+    t5: bool | None = None
+    others: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -120,16 +132,23 @@ class Latent:
     empty: bool | None = None
     finite: bool = True
     masked: bool = False
+    video: str | None = None
+    """The node that made it, where it has a dimension for time."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA: how many of its keys the model has."""
+    """A LoRA: how many layers it changes, and how many of them the model has.
+
+    magnitudes: vectors that ComfyUI leaves out; scale: a factor that it does not know of.
+    """
 
     name: str
     strength: float | None = None
-    keys: int | None = None
+    layers: int | None = None
     matched: int | None = None
+    magnitudes: int = 0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -147,8 +166,12 @@ class Setup:
     loras: tuple[Lora, ...] = ()
     vae_channels: int | None = None
     """Of the VAE that decodes; 0 where there is none."""
+    vae_name: str | None = None
+    encoders: Encoders | None = None
     idle: tuple[str, ...] = ()
     """Other nodes that act on nothing in SD3.5."""
+    failing: tuple[str, ...] = ()
+    """Other nodes that end in an error with SD3.5."""
     caches: tuple[str, ...] = ()
     """Nodes that leave out steps."""
     shift_nodes: tuple[str, ...] = ()
@@ -162,6 +185,11 @@ class Setup:
             return []
         shift = self.sampling.shift or 3.0
         return acting_steps(self.levels or [], control.start, control.end, shift)
+
+    @property
+    def is_sd3(self) -> bool:
+        """Whether the model is known to be one."""
+        return self.model is not None and self.model.kind == SD3
 
     @property
     def turbo(self) -> bool:
@@ -323,10 +351,17 @@ def _sampling(setup: Setup) -> Iterator[Finding]:
             "it 0 when there is no guidance; here that is 1. Set cfg to 1 for Large Turbo, and to "
             "3.5 to 5 for the others.",
         )
-    if cfg is not None and cfg > 10 and not setup.turbo:
+    if cfg is not None and cfg > 7 and not setup.turbo:
         yield _warning(
             "high cfg",
             f"cfg is {cfg:g}: contrast and colours burn. SD3.5 was made for 3.5 to 5; lower it.",
+        )
+    sampler = setup.sampling.sampler
+    if cfg is not None and cfg > 3 and isinstance(sampler, str) and sampler.endswith("_cfg_pp"):
+        yield _warning(
+            "cfg of cfg++",
+            f"The sampler {sampler} counts cfg on another scale: at {cfg:g} the picture burns. Set "
+            f"cfg to 0.8 to 2, or take {sampler.removesuffix('_cfg_pp')}.",
         )
     if setup.published and shift is not None and not 1.5 <= shift <= 8:
         yield _warning(
@@ -602,10 +637,43 @@ def _prompts(setup: Setup) -> Iterator[Finding]:
         yield _warning("empty prompt", "The positive prompt is empty. Write what to draw.")
 
 
+def _encoders(setup: Setup) -> Iterator[Finding]:
+    encoders = setup.encoders
+    if encoders is None or not setup.is_sd3 or setup.nano:
+        return
+    if encoders.made_for != "sd3":
+        yield _error(
+            "encoder type",
+            f"The text encoders are combined for {encoders.made_for}, which gives a prompt that "
+            "SD3.5 can't read. Set the loader's type to sd3.",
+        )
+    elif encoders.t5 and encoders.others is False:
+        yield _warning(
+            "t5 alone",
+            "T5 is the only text encoder, so the pooled text is empty and the picture hardly "
+            "follows the prompt. Load CLIP-L and CLIP-G beside it.",
+        )
+    text = (setup.positive and setup.positive.text) or ""
+    long = setup.positive is not None and (setup.positive.tokens or 0) > CLIP_TOKENS
+    if encoders.made_for == "sd3" and encoders.t5 is False and (long or '"' in text):
+        yield _note(
+            "t5 missing",
+            f"There is no T5 among the text encoders, and the prompt "
+            f"{'is long' if long else 'asks for letters'}: SD3.5 follows that less well without "
+            "it. Load t5xxl (a file in fp8 will do), or shorten the prompt.",
+        )
+
+
 def _latent(setup: Setup) -> Iterator[Finding]:
     latent = setup.latent
     if latent is None:
         return
+    if latent.video and setup.is_sd3:
+        yield _error(
+            "latent video",
+            f"The latent comes from {latent.video}, which makes one for videos, with a dimension "
+            "for time that SD3.5 does not take. Use EmptySD3LatentImage.",
+        )
     if not latent.finite:
         yield _error(
             "latent numbers",
@@ -671,6 +739,15 @@ def _vae(setup: Setup) -> Iterator[Finding]:
             f"The VAE has {setup.vae_channels} latent channels, SD3.5's has {CHANNELS}: it is "
             "another model's. Choose the SD3.5 VAE in SD3.5 Loader.",
         )
+    elif setup.is_sd3 and _FLUX_VAE.fullmatch(setup.vae_name or ""):
+        yield _warning(
+            "vae name",
+            f"'{setup.vae_name}' is FLUX's VAE by its name: it has as many channels as SD3.5's and "
+            "another scale, so colours come out wrong. Choose the SD3.5 VAE.",
+        )
+
+
+_FLUX_VAE = re.compile(r"(.*[\\/])?(ae|flux[^\\/]*)\.(safetensors|sft)", re.IGNORECASE)
 
 
 def _loras(setup: Setup) -> Iterator[Finding]:
@@ -680,17 +757,33 @@ def _loras(setup: Setup) -> Iterator[Finding]:
                 "lora off", f"The LoRA '{lora.name}' has strength 0 and does nothing. Remove it."
             )
             continue
-        if lora.keys and lora.matched == 0:
+        if lora.layers and lora.matched == 0:
             yield _warning(
                 "lora nothing",
-                f"The LoRA '{lora.name}' does nothing: none of its {lora.keys} keys is in this "
-                "model. It was made for another one (SDXL, Flux?); choose one for SD3.5.",
+                f"The LoRA '{lora.name}' does nothing: ComfyUI finds none of its {lora.layers} "
+                "layers in this model. It was made for another one (SDXL, Flux?), or its names "
+                "begin in a way that ComfyUI does not know; choose one for SD3.5.",
             )
-        elif lora.keys and lora.matched is not None and lora.matched < 0.9 * lora.keys:
+        elif lora.layers and lora.matched is not None and lora.matched < lora.layers:
             yield _warning(
                 "lora part",
-                f"Of the LoRA '{lora.name}' only {lora.matched} of {lora.keys} keys are in this "
-                "model. It was made for another variant (Large for Medium?).",
+                f"Of the LoRA '{lora.name}' only {lora.matched} of {lora.layers} layers are in "
+                "this model. It was made for another variant (Large for Medium?).",
+            )
+        if lora.magnitudes:
+            yield _warning(
+                "lora dora",
+                f"The LoRA '{lora.name}' is a DoRA as diffusers saves it: ComfyUI leaves out its "
+                f"{lora.magnitudes} magnitudes, so it draws otherwise than where it was trained. "
+                "Save it in kohya's layout (dora_scale).",
+            )
+        if lora.scale != 1.0 and lora.strength is not None:
+            yield _warning(
+                "lora alpha",
+                f"The LoRA '{lora.name}' was trained with {lora.scale:g} times its weights (alpha "
+                "over rank), which stands in its metadata alone, and ComfyUI does not read that. "
+                f"Set its strength to {lora.scale * lora.strength:g} where {lora.strength:g} is "
+                "meant.",
             )
     if setup.model and setup.model.packed and any(lora.strength != 0 for lora in setup.loras):
         yield _note(
@@ -707,6 +800,11 @@ def _others(setup: Setup) -> Iterator[Finding]:
             f"{name} does nothing on SD3.5: it hooks into parts that this model does not have. "
             "Remove it.",
         )
+    for name in setup.failing:
+        yield _error(
+            "failing",
+            f"{name} is made for U-Nets and ends in an error with SD3.5. Remove it.",
+        )
     if len(setup.caches) > 1:
         yield _warning(
             "caches",
@@ -716,5 +814,6 @@ def _others(setup: Setup) -> Iterator[Finding]:
 
 
 _RULES: tuple[Rule, ...] = (
-    _model, _sampling, _denoise, _skip_layers, _controls, _prompts, _latent, _vae, _loras, _others,
+    _model, _sampling, _denoise, _skip_layers, _controls, _prompts, _encoders, _latent, _vae,
+    _loras, _others,
 )  # fmt: skip

@@ -22,12 +22,14 @@ from typing import Any
 
 from .errors import SettingError
 from .graph import Budget, Graph, Link, TooLargeError
-from .headers import control_in, matched_keys, model_in, model_named, vae_channels
+from .headers import LoraFile, control_in, lora_in, model_in, model_named, vae_channels
 from .known_nodes import (
     CACHES,
     CHECK_OUTPUTS,
     EMPTY_LATENTS,
+    FAILING,
     IDLE,
+    IDLE_ON_PROMPTS,
     IDLE_ON_STOCK,
     LOADERS,
     NO_FILE,
@@ -35,10 +37,14 @@ from .known_nodes import (
     OWN_NODES,
     SAMPLERS,
     SHIFTS,
+    SKIPS_OF_THE_HOST,
+    TEXT_LOADERS,
+    VIDEO_LATENTS,
 )
 from .preflight import (
     SD3,
     Control,
+    Encoders,
     Finding,
     Latent,
     Lora,
@@ -169,8 +175,12 @@ class Reader:
         sampling = self.sampling(sampler, source, chain)
         wanted = self.link(source, "positive") or self.link(source, "conditioning")
         unwanted = self.link(source, "negative")
-        positive, controlled = self.prompt(wanted)
-        negative, also_controlled = self.prompt(unwanted)
+        positive, way = self.prompt(wanted)
+        negative, other_way = self.prompt(unwanted)
+        controlled, also_controlled = (
+            [key for key in keys if "control_net" in self.graph[key]["inputs"]]
+            for keys in (way, other_way)
+        )
         kinds = [self.kind(key) for key in chain]
         idle = {**IDLE, **({} if model is None or model.own else IDLE_ON_STOCK)}
         return Setup(
@@ -187,7 +197,13 @@ class Reader:
             latent=self.latent(self.link(sampler, "latent") or self.link(sampler, "latent_image")),
             loras=few("LoRAs", self.loras(chain, model)),
             vae_channels=self.vae(sampler),
-            idle=tuple(idle[kind] for kind in kinds if kind in idle),
+            vae_name=self.vae_name(sampler),
+            encoders=self.encoders(way),
+            idle=(
+                *(idle[kind] for kind in kinds if kind in idle),
+                *(IDLE_ON_PROMPTS[k] for k in map(self.kind, way) if k in IDLE_ON_PROMPTS),
+            ),
+            failing=tuple(FAILING[kind] for kind in kinds if kind in FAILING),
             caches=tuple(CACHES[kind] for kind in kinds if kind in CACHES),
             shift_nodes=tuple(kind for kind in kinds if kind in SHIFTS),
             own_nodes=tuple(
@@ -225,7 +241,9 @@ class Reader:
             shift = self.shift_before(chain)
         return Sampling(
             steps=self.whole(steps, "steps"),
-            cfg=self.number(source, "cfg"),
+            cfg=1.0
+            if self.kind(source) == "BasicGuider"
+            else self.number(source, "cfg", "cfg_conds"),
             shift=shift,
             sampler=self.value(chosen[0] if chosen else sampler, "sampler", "sampler_name"),
             schedule=self.value(steps, "schedule", "scheduler"),
@@ -247,7 +265,7 @@ class Reader:
             kind = self.kind(key)
             if kind in SHIFTS:
                 frozen = self.number(key, "shift") or 3.0
-            stock = kind in ("SkipLayerGuidanceDiT", "SkipLayerGuidanceSD3")
+            stock = kind in SKIPS_OF_THE_HOST
             if kind != "SkipLayerGuidance" and not stock:
                 continue
             layers = self.value(key, "layers", "double_layers")
@@ -255,31 +273,50 @@ class Reader:
                 self.number(key, *names)
                 for names in (("scale",), ("start", "start_percent"), ("end", "end_percent"))
             ]
+            if kind == "SkipLayerGuidanceDiTSimple":  # the prompt without it is its negative
+                numbers[0] = 1.0
             if not isinstance(layers, str) or None in numbers:
                 continue
             scale, start, end = (number or 0.0 for number in numbers)
             yield Skip(layers, scale, start, end, stock=stock, frozen_shift=frozen)
 
     def prompt(self, link: Link | None) -> tuple[Prompt | None, list[str]]:
-        """A prompt's text and the nodes that put a ControlNet on it."""
-        controlled: list[str] = []
+        """A prompt's text and the nodes on its way, from the sampler up."""
+        way: list[str] = []
         zero, seen = False, set()
         while link is not None and link not in seen:
             self.budget.spend()
             seen.add(link)
             key, slot = link
             inputs = self.graph[key]["inputs"]
-            if "control_net" in inputs:
-                controlled.append(key)
+            way.append(key)
             zero = zero or self.kind(key) == "ConditioningZeroOut"
             text = self.value(key, "text", "t5xxl")
             if isinstance(text, str):
                 prompt = Prompt(text=text, tokens=about_tokens(text), pooled_is_zero=zero)
-                return prompt, controlled
+                return prompt, way
             side = "negative" if slot == 1 and "negative" in inputs else "positive"
             names = (side, "conditioning", "conditioning_1", "conditioning_to")
             link = next((found for name in names if (found := self.link(key, name))), None)
-        return (Prompt(pooled_is_zero=zero) if seen else None), controlled
+        return (Prompt(pooled_is_zero=zero) if seen else None), way
+
+    def encoders(self, way: list[str]) -> Encoders | None:
+        """The text encoders of the prompt at the way's end."""
+        loader = next(
+            (key for key in self.chain(way[-1], "clip") if self.kind(key) in TEXT_LOADERS), None
+        ) if way else None  # fmt: skip
+        if loader is None:
+            return None
+        kind = self.kind(loader)
+        names = [self.value(loader, widget) for widget in TEXT_LOADERS[kind]]
+        files = [name for name in names if isinstance(name, str) and name != "none"]
+        made_for = self.value(loader, "type")
+        if kind == "TripleCLIPLoader" or not isinstance(made_for, str):
+            made_for = "sd3"
+        t5 = sum("t5" in name.lower() for name in files)
+        if "from model file" in files or any(not isinstance(name, str) for name in names):
+            return Encoders(made_for)
+        return Encoders(made_for, t5=bool(t5), others=len(files) > t5)
 
     def control(self, key: str) -> Control:
         """A node that applies a ControlNet."""
@@ -316,6 +353,8 @@ class Reader:
         if kind in EMPTY_LATENTS:
             batch = self.whole(key, "batch_size") or 1
             return Latent(width, height, batch, EMPTY_LATENTS[kind], empty=True)
+        if kind in VIDEO_LATENTS:
+            return Latent(width, height, empty=True, video=kind)
         if kind in ("VAEEncode", "VAEEncodeTiled"):
             return Latent(empty=False)
         if kind in ("VAEEncodeForInpaint", "InpaintModelConditioning"):
@@ -337,8 +376,9 @@ class Reader:
                 continue
             path = self.file(("loras",), name)
             strength = self.number(key, "strength_model")
-            keys, matched = matched_keys(path, model) if path and model else (None, None)
-            yield Lora(name, strength, keys, matched)
+            found = lora_in(path, model) if path and model else LoraFile()
+            facts = (found.layers, found.matched, found.magnitudes, found.scale)
+            yield Lora(name, strength, *facts)
 
     def vae(self, sampler: str) -> int | None:
         """The channels of the VAE that decodes what a sampler gives."""
@@ -346,6 +386,13 @@ class Reader:
             return self.vae_of(sampler)
         decoder = self._decoders.get(sampler)
         return None if decoder is None else self.vae_of(decoder)
+
+    def vae_name(self, sampler: str) -> str | None:
+        """The file of the VAE that decodes what a sampler gives."""
+        key = sampler if "vae" in self.graph[sampler]["inputs"] else self._decoders.get(sampler)
+        link = self.link(key, "vae") if key else None
+        name = self.value(link[0], "vae", "vae_name") if link else None
+        return name if isinstance(name, str) and name not in NO_FILE else None
 
     @cached_property
     def _decoders(self) -> dict[str, str]:

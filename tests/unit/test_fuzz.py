@@ -133,7 +133,7 @@ def test_safetensors(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> N
     survives(lambda: headers.model_in(path))
     survives(lambda: headers.control_in(path))
     survives(lambda: headers.vae_channels(path))
-    survives(lambda: headers.matched_keys(path, Model(depth=4, hidden=256)))
+    survives(lambda: headers.lora_in(path, Model(depth=4, hidden=256)))
 
 
 GGUF_TENSORS = {
@@ -327,7 +327,7 @@ def test_block_numbers(sound: list[StateDict], tmp_path_factory: pytest.TempPath
         survives(lambda: load_controlnet(path))
         survives(lambda: headers.model_in(path))
         survives(lambda: headers.control_in(path))
-        survives(lambda: headers.matched_keys(path, Model(depth=4, hidden=128)))
+        survives(lambda: headers.lora_in(path, Model(depth=4, hidden=128)))
 
     read()
 

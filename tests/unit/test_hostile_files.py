@@ -229,7 +229,7 @@ def test_a_file_of_no_tensors_is_read(tmp_path: Path) -> None:
                                  f"transformer_blocks.{MANY_DIGITS}.attn.to_q.weight"])  # fmt: skip
 def test_a_loras_block_of_5000_digits_fits_no_model(key: str, tmp_path: Path) -> None:
     path = write_header(tmp_path / "lora.safetensors", {key: [0]})
-    assert headers.matched_keys(path, Model(depth=4, hidden=256)) == (1, 0)
+    assert headers.lora_in(path, Model(depth=4, hidden=256)) == headers.LoraFile(1, 0)
 
 
 # Tensors

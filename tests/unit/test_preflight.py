@@ -240,14 +240,68 @@ WRONG: dict[str, tuple[Change, str, str]] = {
         both(nano, set_to("4", width=512, height=512)), "size", "draws 128x128 well"),
     "no VAE": (set_to("1", vae="none"), "vae missing", "There is no VAE"),
     "SD 1.5's VAE": (set_to("1", vae="sd15_vae.safetensors"), "vae channels", "4 latent channels"),
-    "an SDXL LoRA": (lora("sdxl.safetensors"), "lora nothing", "none of its 2 keys"),
+    "an SDXL LoRA": (lora("sdxl.safetensors"), "lora nothing", "none of its 1 layers"),
     "a LoRA of Large on Medium": (
         lora("large_lora.safetensors"), "lora nothing", "'large_lora.safetensors' does nothing"),
     "a LoRA at 0": (lora("medium_lora.safetensors", 0.0), "lora off", "strength 0"),
     "a LoRA on a quantized model": (
         both(nano, set_to("1", model="packed.safetensors"), lora("nano_lora.safetensors")),
         "lora quantized", "unpacked weights"),
-    "FreeU": (on_model("FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2), "idle", "FreeU V2 does noth"),
+    "a LoRA whose names ComfyUI does not know": (
+        lora("unet_lora.safetensors"), "lora nothing", "finds none of its 1 layers"),
+    "a LoHa of Large on Medium": (
+        lora("large_loha.safetensors"), "lora nothing", "finds none of its 1 layers"),
+    "a LoKr of which one layer is not there": (
+        lora("lokr.safetensors"), "lora part", "only 1 of 2 layers"),
+    "diffusers' DoRA": (lora("dora.safetensors"), "lora dora", "leaves out its 1 magnitudes"),
+    "a scale in the metadata alone": (
+        lora("alpha.safetensors", 0.5), "lora alpha", "2 times.*strength to 1 where 0.5"),
+    "FreeU": (on_model("FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2), "failing",
+              "FreeU V2 is made for U-Nets"),
+    "SAG": (on_model("SelfAttentionGuidance", scale=0.5, blur_sigma=2.0), "failing", "error"),
+    "U-Net attention": (
+        on_model("UNetSelfAttentionMultiply", q=2.0, k=1.0, v=1.0, out=1.0), "idle",
+        "does nothing"),
+    "FluxGuidance": (
+        lambda g: (g.update({"30": node("FluxGuidance", conditioning=["2", 0], guidance=3.5)}),
+                   g["5"]["inputs"].update(positive=["30", 0]))[0],
+        "idle", "FluxGuidance does nothing"),
+    "cfg++ at cfg 5": (
+        both(ksampler, set_to("5", sampler_name="euler_cfg_pp", cfg=5.0)), "cfg of cfg++",
+        "Set cfg to 0.8 to 2, or take euler"),
+    "cfg 8": (set_to("5", cfg=8.0), "high cfg", "cfg is 8"),
+    "BasicGuider on Large": (
+        both(large, custom, lambda g: g.update({"20": node(
+            "BasicGuider", model=["1", 0], conditioning=["2", 0])})), "low cfg", "cfg is 1"),
+    "DualCFGGuider at 15": (
+        both(custom, lambda g: g.update({"20": node(
+            "DualCFGGuider", model=["1", 0], cond1=["2", 0], cond2=["2", 0], negative=["3", 0],
+            cfg_conds=15.0, cfg_cond2_negative=15.0)})), "high cfg", "cfg is 15"),
+    "ComfyUI's simple skip-layer node on Large": (
+        both(large, on_model("SkipLayerGuidanceDiTSimple", double_layers="7, 8, 9",
+                             single_layers="", start_percent=0.0, end_percent=1.0)),
+        "slg large", "Layers 7, 8, 9 are SD3.5 Medium's"),
+    "no T5 for letters": (
+        both(set_to("1", clip_l="l.safetensors", clip_g="g.safetensors", t5xxl="none"),
+             set_to("2", text='a sign that says "Moor"')), "t5 missing", "asks for letters"),
+    "no T5 for a long prompt": (
+        both(set_to("1", clip_l="l.safetensors", clip_g="g.safetensors", t5xxl="none"),
+             set_to("2", text="a harbour with boats, " * 30)), "t5 missing", "is long"),
+    "T5 alone": (set_to("1", clip_l="none", clip_g="none", t5xxl="t5xxl.safetensors"),
+                 "t5 alone", "Load CLIP-L and CLIP-G"),
+    "encoders for FLUX": (
+        lambda g: (g.update({"30": node("DualCLIPLoader", clip_name1="t5xxl.safetensors",
+                                        clip_name2="clip_l.safetensors", type="flux")}),
+                   g["2"]["inputs"].update(clip=["30", 0]))[0],
+        "encoder type", "combined for flux.*type to sd3"),
+    "FLUX's VAE": (
+        lambda g: (g.update({"30": node("VAELoader", vae_name="ae.safetensors")}),
+                   g["6"]["inputs"].update(vae=["30", 0]))[0],
+        "vae name", "'ae.safetensors' is FLUX's VAE"),
+    "a latent for videos": (
+        lambda g: g.update({"4": node("EmptyHunyuanLatentVideo", width=848, height=480, length=25,
+                                      batch_size=1)}),
+        "latent video", "EmptyHunyuanLatentVideo.*Use EmptySD3LatentImage"),
     "EasyCache on ComfyUI's own model": (
         both(stock_loader, on_model("EasyCache")), "idle", "EasyCache does nothing"),
     "two caches": (
@@ -298,7 +352,8 @@ RIGHT: dict[str, Change] = {
     "a wide picture": set_to("4", width=1344, height=768),
     "1440x1440": set_to("4", width=1440, height=1440),
     "a batch of four": set_to("4", batch_size=4),
-    "a long but fitting prompt": set_to("2", text="a harbour with boats, " * 30),
+    "a long but fitting prompt": both(
+        set_to("2", text="a harbour with boats, " * 30), set_to("1", t5xxl="t5xxl.safetensors")),
     "a zeroed negative prompt": lambda g: (
         g.update({"30": node("ConditioningZeroOut", conditioning=["3", 0])}),
         g["5"]["inputs"].update(negative=["30", 0]))[0],
@@ -319,10 +374,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder with files whose headers say what they are."""
     folder = tmp_path_factory.mktemp("models")
 
-    def write(kind: str, name: str, **shapes: tuple[int, ...]) -> None:
+    def write(
+        kind: str, name: str, said: dict[str, str] | None = None, **shapes: tuple[int, ...]
+    ) -> None:
         (folder / kind).mkdir(exist_ok=True)
         tensors = {k.replace("__", "."): torch.zeros(shape) for k, shape in shapes.items()}
-        save_file(tensors, folder / kind / name)
+        save_file(tensors, folder / kind / name, said)
 
     def lora_of(width: int, **names: int) -> dict[str, tuple[int, int]]:
         return {
@@ -348,6 +405,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
           transformer__transformer_blocks__3__attn__to_q__lora_B__weight=(1536, 4),
           transformer__transformer_blocks__3__ff__net__0__proj__lora_A__weight=(4, 1536),
           text_encoder__text_model__encoder__layers__0__q_proj__lora_A__weight=(4, 8))  # fmt: skip
+    write("loras", "unet_lora.safetensors",
+          unet__transformer_blocks__3__attn__to_q__lora_A__weight=(4, 1536),
+          unet__transformer_blocks__3__attn__to_q__lora_B__weight=(1536, 4))  # fmt: skip
+    hada = {f"hada_w{i}_{side}": (2432, 4) if side == "a" else (4, 2432)
+            for i in (1, 2) for side in "ab"}  # fmt: skip
+    write("loras", "large_loha.safetensors", **{f"{qkv}__{n}": shape for n, shape in hada.items()})
+    write("loras", "lokr.safetensors",
+          **{f"lycoris_transformer_blocks_{i}_attn_to_q__{name}": (32, 48)
+             for i in (3, 30) for name in ("lokr_w1", "lokr_w2")})  # fmt: skip
+    to_q = "transformer__transformer_blocks__3__attn__to_q__lora"
+    pair = {f"{to_q}_A__weight": (4, 1536), f"{to_q}_B__weight": (1536, 4)}
+    write("loras", "dora.safetensors", **pair, **{f"{to_q}_magnitude_vector": (1536,)})
+    said = {"lora_adapter_metadata": '{"transformer.lora_alpha": 8, "transformer.r": 4}'}
+    write("loras", "alpha.safetensors", said, **pair)
     write("loras", "sdxl.safetensors",
           **lora_of(640, lora_unet_down_blocks_1_attentions_0_proj_in=1))  # fmt: skip
     write("diffusion_models", "flux.safetensors", double_blocks__0__img_attn__qkv__weight=(8, 8))
