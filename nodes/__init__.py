@@ -7,8 +7,8 @@ from comfy_api.latest import ComfyExtension, io
 from .check import SD35Check
 from .controlnet import SD35ControlHint, SD35ControlNetApply, SD35ControlNetLoader
 from .guidance import SkipLayerGuidance
-from .host import canvas
-from .loader import SD35Loader
+from .host import canvas, namesake
+from .loader import SD35Loader, SD35ModelLoader
 from .quantize import SD35Quantize
 from .sampler import SD35Sampler, SD35Sigmas
 from .step_cache import SD35StepCache
@@ -20,10 +20,12 @@ class SD35Extension(ComfyExtension):
 
     async def on_load(self) -> None:
         canvas.serve()
+        namesake.serve(SD35Loader)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
+        own = [
             SD35Loader,
+            SD35ModelLoader,
             SkipLayerGuidance,
             SD35Sampler,
             SD35Sigmas,
@@ -35,3 +37,4 @@ class SD35Extension(ComfyExtension):
             SD35Quantize,
             SD35Check,
         ]
+        return namesake.listed(own, SD35Loader)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..sd35_core.known_nodes import ALIAS
 from .host import files, loading, text
 from .host.memory import enough_memory
 from .host.report import tell
@@ -118,6 +119,22 @@ class SD35Loader(io.ComfyNode):
                 decoder = loading.vae_from(loading.read(files.path_in("vae", vae)))
         tell(loading.summary(file, patcher, text.names_in(clip)), cls.hidden.unique_id)
         return io.NodeOutput(patcher, clip, decoder)
+
+
+class SD35ModelLoader(SD35Loader):
+    """The same node under a name that no other pack has; RES4LYF has an SD35Loader too."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        schema = SD35Loader.define_schema()
+        schema.node_id = ALIAS
+        schema.display_name = "SD3.5 Loader (beside RES4LYF)"
+        schema.category = "SD3.5/beside RES4LYF"
+        schema.description = (
+            "SD3.5 Loader under another name: the pack RES4LYF has a node SD35Loader as well, and "
+            "ComfyUI keeps one of them. Workflows with ours are opened with this one then."
+        )
+        return schema
 
 
 def encoder_paths(chosen: dict[str, str]) -> dict[str, str | None]:

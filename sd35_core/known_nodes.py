@@ -2,6 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+LOADER, ALIAS = "SD35Loader", "SD35ModelLoader"
+"""Our loader's id, which RES4LYF's has as well, and the one under which ours is there too."""
+
+
+def is_theirs(inputs: Mapping[str, Any]) -> bool:
+    """Whether a node SD35Loader is RES4LYF's, by its inputs."""
+    return "model_name" in inputs and "model" not in inputs
+
+
+def as_ours(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of RES4LYF's SD35Loader as ours; text encoders are told by their files' names."""
+    found = {"clip_l": "none", "clip_g": "none", "t5xxl": "none"}
+    for widget in ("clip_name1", "clip_name2_opt", "clip_name3_opt"):
+        name = inputs.get(widget)
+        if name == ".use_ckpt_clip":
+            found = dict.fromkeys(found, "from model file")
+        elif isinstance(name, str) and name != ".none":
+            plain = name.lower()
+            kind = "t5xxl" if "t5" in plain else "clip_g" if "clip_g" in plain else "clip_l"
+            found[kind] = name
+    vae = inputs.get("vae_name")
+    return {
+        "model": inputs.get("model_name"),
+        **found,
+        "vae": "from model file" if vae == ".use_ckpt_vae" else vae,
+        "weight_dtype": inputs.get("weight_dtype", "default"),
+    }
+
+
 IDLE = {
     "HyperTile": "HyperTile",
     "TomePatchModel": "Tome Patch Model",
@@ -50,7 +82,7 @@ OWN_NODES = {
     "SD35SkipLayerSweep": "SD3.5 Skip Layer Sweep",
 }
 LOADERS = {
-    "SD35Loader": ("model", ("checkpoints", "diffusion_models")),
+    LOADER: ("model", ("checkpoints", "diffusion_models")),
     "CheckpointLoaderSimple": ("ckpt_name", ("checkpoints",)),
     "UNETLoader": ("unet_name", ("diffusion_models",)),
     "UnetLoaderGGUF": ("unet_name", ("diffusion_models",)),
@@ -65,7 +97,7 @@ VIDEO_LATENTS = {"EmptyHunyuanLatentVideo", "EmptyLTXVLatentVideo", "EmptyMochiL
                  "EmptyCosmosLatentVideo", "EmptyHunyuanVideo15Latent"}  # fmt: skip
 """With a dimension for time, which SD3 does not take."""
 TEXT_LOADERS = {
-    "SD35Loader": ("clip_l", "clip_g", "t5xxl"),
+    LOADER: ("clip_l", "clip_g", "t5xxl"),
     "CLIPLoader": ("clip_name",),
     "DualCLIPLoader": ("clip_name1", "clip_name2"),
     "TripleCLIPLoader": ("clip_name1", "clip_name2", "clip_name3"),

@@ -13,12 +13,13 @@ from typing import Any
 from .errors import SettingError
 from .graph import Budget, TooLargeError
 from .guidance import SkipLayers, parse_layers
+from .known_nodes import LOADER
 from .preflight import Setup, findings
 from .recipes import LAYER_PRESETS, RECIPES, Recipe, layers_text
 from .workflow import Find, Reader
 from .workflow_file import api_graph, parsed
 
-SAMPLER, SKIP, LOADER = "SD35Sampler", "SkipLayerGuidance", "SD35Loader"
+SAMPLER, SKIP = "SD35Sampler", "SkipLayerGuidance"
 LARGEST_ANSWER = 4_000_000
 """Characters of JSON; a sampler of 50 steps takes about a thousand."""
 CHOSEN = "sd35_recipe"

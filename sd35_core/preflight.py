@@ -54,6 +54,7 @@ class Model:
     flow: bool = True
     own: bool = True
     """Whether SD3.5 Loader loaded it."""
+    of_res4lyf: bool = False
 
 
 @dataclass(frozen=True)
@@ -277,10 +278,12 @@ def _model(setup: Setup) -> Iterator[Finding]:
             "SD3.5 Loader.",
         )
     elif not model.own and setup.own_nodes:
+        other = "RES4LYF's node of the id SD35Loader" if model.of_res4lyf else "another node"
+        beside = " (beside RES4LYF)" if model.of_res4lyf else ""
         yield _error(
             "model loader",
             f"{' and '.join(setup.own_nodes)} need a model from SD3.5 Loader, and this one comes "
-            "from another node. Load it with SD3.5 Loader.",
+            f"from {other}. Load it with SD3.5 Loader{beside}.",
         )
     if not model.flow and setup.sampling.own:
         yield _note(

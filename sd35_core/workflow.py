@@ -24,6 +24,7 @@ from .errors import SettingError
 from .graph import Budget, Graph, Link, TooLargeError
 from .headers import LoraFile, control_in, lora_in, model_in, model_named, vae_channels
 from .known_nodes import (
+    ALIAS,
     CACHES,
     CHECK_OUTPUTS,
     EMPTY_LATENTS,
@@ -31,6 +32,7 @@ from .known_nodes import (
     IDLE,
     IDLE_ON_PROMPTS,
     IDLE_ON_STOCK,
+    LOADER,
     LOADERS,
     NO_FILE,
     OTHER_PREDICTIONS,
@@ -40,6 +42,7 @@ from .known_nodes import (
     SKIPS_OF_THE_HOST,
     TEXT_LOADERS,
     VIDEO_LATENTS,
+    is_theirs,
 )
 from .preflight import (
     SD3,
@@ -114,7 +117,8 @@ class Reader:
         self._latents: dict[Link, Latent | None] = {}
 
     def kind(self, key: str) -> str:
-        return self.graph[key]["class_type"] if key in self.graph else ""
+        kind = self.graph[key]["class_type"] if key in self.graph else ""
+        return LOADER if kind == ALIAS else kind
 
     def link(self, key: str, name: str) -> Link | None:
         """What is connected to an input, through nodes that only pass it on."""
@@ -222,13 +226,17 @@ class Reader:
             return None
         loader = self.kind(chain[-1])
         widget, folders = LOADERS[loader]
-        name = self.value(chain[-1], widget)
+        theirs = loader == LOADER and is_theirs(self.graph[chain[-1]]["inputs"])
+        name = self.value(chain[-1], "model_name" if theirs else widget)
         if not isinstance(name, str):
             return None
         path = self.file(folders, name)
         facts = model_in(path) if path else model_named(name)
         flow = not any(self.kind(key) in OTHER_PREDICTIONS for key in chain)
-        return replace(facts, flow=flow, own=loader == "SD35Loader") if facts else None
+        if facts is None:
+            return None
+        own = loader == LOADER and not theirs
+        return replace(facts, flow=flow, own=own, of_res4lyf=theirs)
 
     def sampling(self, sampler: str, source: str, chain: list[str]) -> Sampling:
         """The widgets of whichever nodes make the steps."""
@@ -410,7 +418,7 @@ class Reader:
         link = self.link(key, "vae")
         if link is None:
             return 0
-        if self.kind(link[0]) == "SD35Loader" and self.value(link[0], "vae") == "none":
+        if self.kind(link[0]) == LOADER and self.value(link[0], "vae") == "none":
             return 0
         name = self.value(link[0], "vae", "vae_name")
         path = self.file(("vae",), name)

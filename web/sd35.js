@@ -6,11 +6,13 @@
 import { api } from "/scripts/api.js";
 import { app } from "/scripts/app.js";
 import { element } from "./lib/dom.js";
+import { toldApart } from "./lib/namesake.js";
 import { layersPanel, refusedPanel, samplerPanel } from "./lib/panels.js";
 
 const HEIGHTS = { SD35Sampler: 220, SkipLayerGuidance: 122 };
+const LOADERS = ["SD35Loader", "SD35ModelLoader"];
 const WATCHED = [
-    "SD35Loader", "SD35Sampler", "SkipLayerGuidance", "SD35ControlNetApply",
+    ...LOADERS, "SD35Sampler", "SkipLayerGuidance", "SD35ControlNetApply",
     "SD35ControlNetLoader", "SD35StepCache",
 ];
 const RECIPE = "sd35_recipe";
@@ -126,7 +128,7 @@ function watch(node) {
         found.callback = function (...values) {
             const result = before?.apply(this, values);
             const byHand = values.length > 1; // a file that is opened gives the value alone
-            if (byHand && node.comfyClass === "SD35Loader" && found.name === "model") {
+            if (byHand && LOADERS.includes(node.comfyClass) && found.name === "model") {
                 chosenModel = String(node.id);
                 last = "";
             }
@@ -203,6 +205,12 @@ app.registerExtension({
         if (node.comfyClass in HEIGHTS) expectPanel(node);
         watch(node);
         refresh();
+    },
+    beforeConfigureGraph(graph) {
+        const words = toldApart(graph, LiteGraph.registered_node_types.SD35Loader);
+        if (words) {
+            app.extensionManager?.toast?.add({ severity: "info", summary: "SD35Loader", detail: words });
+        }
     },
     afterConfigureGraph() {
         last = "";

@@ -140,6 +140,7 @@ def test_help_pages_are_served_for_every_node(server: hosts.Server) -> None:
         "SD35ControlNetApply",
         "SD35ControlNetLoader",
         "SD35Loader",
+        "SD35ModelLoader",
         "SD35StepCache",
         "SD35Quantize",
         "SD35Sampler",
