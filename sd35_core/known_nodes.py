@@ -103,6 +103,7 @@ TEXT_LOADERS = {
     "TripleCLIPLoader": ("clip_name1", "clip_name2", "clip_name3"),
 }
 """Class -> the widgets that name text encoders."""
+STOCK_CONTROLNET_LOADERS = {"ControlNetLoader", "DiffControlNetLoader"}
 SKIPS_OF_THE_HOST = {"SkipLayerGuidanceDiT", "SkipLayerGuidanceSD3", "SkipLayerGuidanceDiTSimple"}
 NO_FILE = {"none", "from model file"}
 WIDGETS: dict[str, tuple[str, ...]] = {

@@ -34,6 +34,7 @@ CLIP_TOKENS = 77
 """What CLIP-L and CLIP-G were trained with."""
 T5_TOKENS = 256
 """What SD3.5 was trained with; beyond it Medium's edges break (its model card)."""
+PUBLISHED_WIDTHS = (1536, 2432)
 FAMILIES = {1536: "SD3.5 Medium", 2432: "SD3.5 Large", 256: "the model that comes with the pack"}
 
 
@@ -106,6 +107,8 @@ class Control:
     blank: bool = False
     hint_size: tuple[int, int] | None = None
     on_both: bool = True
+    by_stock_loader: bool = False
+    """Whether ComfyUI's own loader reads it."""
 
 
 @dataclass(frozen=True)
@@ -514,6 +517,13 @@ def _controls(setup: Setup) -> Iterator[Finding]:
                 "control base",
                 f"The {what} was made for {made}, but the model is {used}. Choose the ControlNet "
                 f"made for this model, or load {made}.",
+            )
+        if control.by_stock_loader and control.hidden and control.hidden not in PUBLISHED_WIDTHS:
+            yield _error(
+                "control loader",
+                f"ComfyUI's own ControlNet loader ends in a size mismatch with a ControlNet "
+                f"{control.hidden} wide: it knows the published ones alone. Load it with SD3.5 "
+                "ControlNet Loader.",
             )
         if control.vae is False:
             yield _error(

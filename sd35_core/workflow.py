@@ -40,6 +40,7 @@ from .known_nodes import (
     SAMPLERS,
     SHIFTS,
     SKIPS_OF_THE_HOST,
+    STOCK_CONTROLNET_LOADERS,
     TEXT_LOADERS,
     VIDEO_LATENTS,
     is_theirs,
@@ -332,8 +333,10 @@ class Reader:
         name = self.value(loader[0], "control_net", "control_net_name") if loader else None
         path = self.file(("controlnet",), name)
         facts = control_in(path) if path else Control()
+        stock = loader is not None and self.kind(loader[0]) in STOCK_CONTROLNET_LOADERS
         return replace(
             facts,
+            by_stock_loader=stock,
             strength=self.number(key, "strength"),
             start=self.number(key, "start", "start_percent"),
             end=self.number(key, "end", "end_percent"),

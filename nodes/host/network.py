@@ -69,7 +69,7 @@ class HostMMDiTX(MMDiTX):
         control: dict[str, list[Tensor | None]] | None,
         options: Options,
     ) -> Tensor:
-        context, y = self._checked(context, y)
+        context, y = self._checked(x, context, y)
         return super().forward(
             x,
             timesteps,
@@ -81,8 +81,19 @@ class HostMMDiTX(MMDiTX):
             modulations=options.get(MODULATIONS),
         )
 
-    def _checked(self, context: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The conditioning, once its widths are the model's."""
+    def _checked(
+        self, x: Tensor, context: Tensor | None, y: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The conditioning, once its widths and the latent's channels are the model's."""
+        channels = self.config.in_channels
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise SettingError(
+                f"The latent has shape {list(x.shape)}, expected {channels} channels, height and "
+                f"width: it was made for another model"
+                + (", for videos" if x.ndim == 5 else "")
+                + ". Make an empty one with EmptySD3LatentImage, or encode the picture with "
+                "SD3.5's VAE."
+            )
         wanted = (self.config.context_dim, self.config.pooled_dim)
         seen = tuple(None if t is None else t.shape[-1] for t in (context, y))
         if context is None or y is None or seen != wanted:

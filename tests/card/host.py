@@ -19,12 +19,14 @@ class Mode(NamedTuple):
     """How a model lies on the card.
 
     free: bytes of the card beyond what the host keeps for inference; dynamic: ComfyUI's dynamic
-    VRAM, with so many bytes of each model resident; gpu_only: started with --gpu-only.
+    VRAM, with so many bytes of each model resident; gpu_only: started with --gpu-only; real: on
+    CUDA, where the host measures what is free and dynamic VRAM is its own.
     """
 
     free: int = 24 << 30
     dynamic: int | None = None
     gpu_only: bool = False
+    real: bool = False
 
 
 MODES = {
@@ -33,6 +35,8 @@ MODES = {
     "dynamic": Mode(dynamic=1 << 40),
     "dynamic, partly": Mode(free=9_000_000, dynamic=6_000_000),
     "gpu-only": Mode(gpu_only=True),
+    "real": Mode(real=True),
+    "real, dynamic": Mode(real=True, dynamic=0),
 }
 
 
@@ -43,6 +47,7 @@ def put(attribute: Attribute, mode: Mode, dtype: torch.dtype | None = None) -> N
     from comfy.ldm.modules import attention
     from comfy.ldm.modules.diffusionmodules import mmdit
 
+    device = torch.device("cuda", 0) if mode.real else CARD
     free = int(management.minimum_inference_memory()) + mode.free
 
     def memory(device: Any = None, both: bool = False) -> Any:
@@ -60,19 +65,22 @@ def put(attribute: Attribute, mode: Mode, dtype: torch.dtype | None = None) -> N
     attribute(management, "vram_state", state)
     attribute(args, "gpu_only", mode.gpu_only)
     attribute(args, "cpu", False)
-    attribute(management, "get_torch_device", lambda: CARD)
-    attribute(management, "get_free_memory", available)
-    attribute(management, "get_total_memory", total)
-    attribute(management, "is_nvidia", lambda: False)  # torch may be built for cards
-    attribute(management, "is_amd", lambda: False)
-    attribute(management, "soft_empty_cache", lambda *_: None)
+    attribute(management, "get_torch_device", lambda: device)
     for name, kind in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
         chosen = dtype is kind
         attribute(management, f"should_use_{name}", lambda *_, chosen=chosen, **__: chosen)
     for module in (attention, mmdit):
         attribute(module, "optimized_attention", attention.attention_pytorch)
+    if not mode.real:
+        attribute(management, "get_free_memory", available)
+        attribute(management, "get_total_memory", total)
+        attribute(management, "is_nvidia", lambda: False)  # torch may be built for cards
+        attribute(management, "is_amd", lambda: False)
+        attribute(management, "soft_empty_cache", lambda *_: None)
     if mode.dynamic is not None:
-        dynamic(attribute, mode.dynamic)
+        enable_dynamic(attribute)
+        if not mode.real:
+            pretend_dynamic(attribute, mode.dynamic)
 
 
 class Range:
@@ -121,20 +129,31 @@ def _fault(allocation: tuple[Range, int, int]) -> int | None:
     return id(owner.pages[start])
 
 
-def dynamic(attribute: Attribute, fits: int) -> None:
-    """The host's own dynamic patcher, with plain tensors in the place of its address ranges."""
+def enable_dynamic(attribute: Attribute) -> None:
+    """As the host's main.py does on NVIDIA."""
     import comfy_aimdo.control
-    import comfy_aimdo.host_buffer
     import comfy_aimdo.model_mmap
-    import comfy_aimdo.model_vbar as ranges
-    import comfy_aimdo.torch as bridge
     from comfy import memory_management, model_patcher
     from comfy import model_management as management
-    from comfy.cli_args import args
 
     assert comfy_aimdo.control.init(), "comfy-aimdo does not start here"
     if comfy_aimdo.model_mmap.lib is None:
         importlib.reload(comfy_aimdo.model_mmap)  # it binds the library that is loaded by now
+    if torch.cuda.is_available():
+        assert comfy_aimdo.control.init_devices([(0, 0)])
+    attribute(memory_management, "aimdo_enabled", True)
+    attribute(management, "DIRTY_MMAPS", set())
+    attribute(model_patcher, "CoreModelPatcher", model_patcher.ModelPatcherDynamic)
+
+
+def pretend_dynamic(attribute: Attribute, fits: int) -> None:
+    """The host's own dynamic patcher, with plain tensors in the place of its address ranges."""
+    import comfy_aimdo.host_buffer
+    import comfy_aimdo.model_vbar as ranges
+    import comfy_aimdo.torch as bridge
+    from comfy import memory_management, model_patcher
+    from comfy.cli_args import args
+
     patcher, generator = model_patcher.ModelPatcher, torch.Generator
     listed = patcher._load_list
     attribute(Range, "fits", fits)
@@ -146,10 +165,7 @@ def dynamic(attribute: Attribute, fits: int) -> None:
     attribute(bridge, "aimdo_to_tensor", lambda held, _: held[0].pages[held[1]])
     attribute(comfy_aimdo.host_buffer, "HostBuffer", Buffer)
     attribute(memory_management, "read_tensor_file_slice_into", lambda *_, **__: False)
-    attribute(memory_management, "aimdo_enabled", True)
-    attribute(management, "DIRTY_MMAPS", set())
     attribute(args, "disable_pinned_memory", True)
-    attribute(model_patcher, "CoreModelPatcher", model_patcher.ModelPatcherDynamic)
     # what the pretend card lacks: `parameter.data = ` and generators of its own
     attribute(patcher, "_load_list", lambda self, for_dynamic=False, **_: listed(self, for_dynamic))
     attribute(torch, "Generator", lambda *_, **__: generator())

@@ -569,3 +569,17 @@ def test_a_broken_picture_beside_a_whole_one_is_a_warning(
         seen = sampled(comfy, broken, conds)
     assert "1 of 2 pictures would be black" in caplog.text
     assert seen[0].isnan().any() and torch.equal(seen[1], whole[1])
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 16, 16), (1, 128, 8, 8), (1, 16, 3, 16, 16)])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_latent_of_another_model_says_so(
+    shape: tuple[int, ...], own: bool, comfy: SimpleNamespace, ours: Any, ksampler: Any, conds: Any
+) -> None:
+    latent = {"samples": torch.ones(shape)}
+    with pytest.raises(Exception, match="made for another model.*EmptySD3LatentImage"):
+        if own:
+            settings = (latent, 5, 3, 4.0, 3.0, "dpmpp_2m", "beta", 1.0)
+            comfy.sampler.SD35Sampler.execute(ours, conds.positive, conds.negative, *settings)
+        else:
+            ksampler(ours, latent=latent)

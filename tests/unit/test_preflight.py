@@ -208,6 +208,12 @@ WRONG: dict[str, tuple[Change, str, str]] = {
     "Large's ControlNet on Medium": (
         control("large_canny.safetensors"), "control base",
         "canny ControlNet was made for SD3.5 Large, but the model is SD3.5 Medium"),
+    "the small model's ControlNet in ComfyUI's own loader": (
+        both(nano, control("sd35_nano_canny.safetensors"),
+             lambda g: [n.update(class_type="ControlNetLoader",
+                                 inputs={"control_net_name": "sd35_nano_canny.safetensors"})
+                        for n in g.values() if n["class_type"] == "SD35ControlNetLoader"][0]),
+        "control loader", "Load it with SD3.5 ControlNet Loader"),
     "a ControlNet without VAE": (
         both(large, control("large_canny.safetensors", vae=False)), "control vae",
         "none is connected"),
