@@ -462,10 +462,8 @@ def download(name: str, version: str, python: str, wheels: Path) -> None:
     """A wheel; one for any machine where there is none for that one, as of comfy-kitchen's."""
     base = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
             "--python-version", python, "-d", str(wheels)]  # fmt: skip
-    kinds = ["any"] if name == "comfy-kitchen" else []
-    kinds += [f"manylinux_2_{n}_x86_64" for n in (17, 28, 27, 26, 24, 34)] + [
-        "manylinux2014_x86_64"
-    ]
+    linux = [f"manylinux_2_{n}_x86_64" for n in (17, 28, 27, 26, 24, 34)] + ["manylinux2014_x86_64"]
+    kinds = ["any"] if name == "comfy-kitchen" else linux
     for pinned in (f"{name}=={version}", name):
         platforms = [part for kind in kinds for part in ("--platform", kind)]
         if not subprocess.run([*base, *platforms, pinned], capture_output=True).returncode:

@@ -16,6 +16,7 @@ const WATCHED = [
     "SD35ControlNetLoader", "SD35StepCache",
 ];
 const RECIPE = "sd35_recipe";
+const UNREAD = "Not shown: this node is bypassed, muted or in a subgraph that no node stands for.";
 const PAUSE = 120;
 
 const shown = new Set(); // {node, state, panel, visible, drawn}; no panel until wanted
@@ -48,8 +49,25 @@ function write(node, values) {
 function apply(node, state, key) {
     node.properties[RECIPE] = key;
     write(node, recipes[key].sampler);
-    for (const id of state.skip_nodes) write(app.graph.getNodeById(id), recipes[key].skip);
+    for (const path of state.skip_nodes) write(nodeAt(path), recipes[key].skip);
     refresh();
+}
+
+// The server names a node in a subgraph by the way to it: "7:12" is node 12 in what node 7 stands for.
+function pathsOf(node, graph = app.graph) {
+    if (node.graph === graph) return [String(node.id)];
+    const inside = graph.nodes.filter((found) => found.subgraph);
+    return inside.flatMap(({ id, subgraph }) => pathsOf(node, subgraph).map((p) => `${id}:${p}`));
+}
+
+function nodeAt(path) {
+    let graph = app.graph;
+    let node = null;
+    for (const id of String(path).split(":")) {
+        node = graph?.nodes.find((found) => String(found.id) === id);
+        graph = node?.subgraph;
+    }
+    return node;
 }
 
 function refresh() {
@@ -93,8 +111,8 @@ function show(plan) {
     chosenModel = null;
     for (const entry of shown) {
         const { node } = entry;
-        const state = plan[node.id];
-        if (!state || node.graph !== app.graph) continue;
+        const paths = node.graph ? pathsOf(node) : [];
+        const state = paths.map((path) => plan[path]).find(Boolean) ?? { refused: UNREAD };
         if (state.levels && loader === state.loader && loader !== null && state.model_recipe) {
             apply(node, state, state.model_recipe);
         }
@@ -129,7 +147,7 @@ function watch(node) {
             const result = before?.apply(this, values);
             const byHand = values.length > 1; // a file that is opened gives the value alone
             if (byHand && LOADERS.includes(node.comfyClass) && found.name === "model") {
-                chosenModel = String(node.id);
+                chosenModel = pathsOf(node)[0] ?? null;
                 last = "";
             }
             refresh();

@@ -401,3 +401,24 @@ def test_the_panels_follow_a_reload_and_a_change_of_renderer(page: Any) -> None:
         assert panel(page, SKIP).locator(".sd35-layer").count() == 4
     finally:
         browser.set_renderer(page, here)
+
+
+def test_panels_in_a_subgraph_show_what_they_show_outside(page: Any) -> None:
+    with_skip_layers(page)
+    outside = panel(page, SAMPLER).locator(".sd35-changed").inner_text()
+    with answered(page):
+        page.evaluate(
+            """(kinds) => {
+                const graph = app.graph;
+                const items = graph.nodes.filter((n) => kinds.includes(n.type));
+                const { subgraph } = graph.convertToSubgraph(new Set(items));
+                app.canvas.setGraph(subgraph);
+            }""",
+            [SAMPLER, SKIP],
+        )
+    page.wait_for_timeout(1500)
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.wait_for_timeout(500)
+    shot(page, "subgraph")
+    assert panel(page, SAMPLER).locator(".sd35-changed").inner_text() == outside
+    assert panel(page, SKIP).locator(".sd35-layer").count() == 4
