@@ -15,6 +15,7 @@ from ..sd35_core.quantization import Plan, output_path, quantize_file
 from .controlnet import SD35ControlNetApply
 from .host.calibration import calibration
 from .host.controlnet import SD35ControlNet, from_loader
+from .host.files import PACK_MODELS, first_folder
 from .host.memory import enough_memory
 from .host.report import progress, tell
 
@@ -148,9 +149,15 @@ class SD35Quantize(io.ComfyNode):
                 attach = control_net, with_hint(control_net, vae, image)
             moments = calibration(model, clip, lines, side, steps, attach)
         with enough_memory(f"quantizing '{path.name}'", "Make side smaller, or close programs."):
-            out, report = quantize_file(path, plan, moments, progress())
+            target = None
+            if PACK_MODELS in path.parents:  # an update of the pack would take the file away
+                folder = "controlnet" if control_net is not None else "diffusion_models"
+                name = output_path(path, plan, moments is not None).name
+                target = first_folder(folder) / name
+            out, report = quantize_file(path, plan, moments, progress(), out=target)
         score = shipped_score(path, output_path(path, plan, report.calibrated).name)
-        text = f"{report.text()}\n{score}Wrote {out}. Press R to see it in the loaders."
+        text = f"Wrote {out}. Press R to see it in the loaders.\n"
+        text += f"{score}{report.text()}"
         tell(text, cls.hidden.unique_id)
         return io.NodeOutput(ui=ui.PreviewText(text))
 

@@ -54,6 +54,14 @@ def controlnet_path(name: str) -> Path:
     return path_in("controlnet", name)
 
 
+def first_folder(folder: str) -> Path:
+    """Where the host keeps files of a kind; made if it isn't there."""
+    paths = [Path(path) for path in folder_paths.get_folder_paths(folder)]
+    path = next((path for path in paths if path.name == folder), paths[0])  # "unet" is older
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def listed(folder: str) -> list[str]:
     """The safetensors files of one of the host's model folders; of a model in several files the
     first, which stands for all."""

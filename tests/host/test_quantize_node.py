@@ -168,3 +168,16 @@ def test_a_cancelled_run_leaves_nothing(
     with pytest.raises(management.InterruptProcessingException):
         quantize("8 bit (int8)", model=parts.model)
     assert set(folder.iterdir()) == before
+
+
+def test_a_model_of_the_pack_is_written_into_the_hosts_folder(
+    comfy: SimpleNamespace, base: Path, quantize: Any
+) -> None:
+    before = set(NANO.parent.iterdir())
+    report = quantize("8 bit (fp8)", model=comfy.loading.load_model(str(NANO), "default"))
+    out = base / "models" / "diffusion_models" / "sd35_nano_fp8.safetensors"
+    assert report.startswith(f"Wrote {out}. Press R") and set(NANO.parent.iterdir()) == before
+    comfy.files.folder_paths.filename_list_cache.clear()
+    assert out.name in comfy.files.model_files()
+    assert comfy.files.model_path(out.name) == out
+    out.unlink()
