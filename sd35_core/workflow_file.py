@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import SettingError
 from .graph import LONGEST_NAME, Budget, Graph, TooLargeError, node_of
+from .group_nodes import as_subgraphs
 from .known_nodes import WIDGETS
 
 SEED_MODES = {"fixed", "increment", "decrement", "randomize"}
@@ -154,9 +155,10 @@ class _Canvas:
     def __init__(self, workflow: dict[str, Any], budget: Budget):
         self.budget, self.graph = budget, {}
         subgraphs = (workflow.get("definitions") or {}).get("subgraphs") or ()
-        self.definitions = {each["id"]: each for each in subgraphs}
+        nodes, groups = as_subgraphs(workflow, budget)
+        self.definitions = {**{each["id"]: each for each in subgraphs}, **groups}
         self.count = 0
-        scopes = list(self._scopes(self._scope("", workflow)))
+        scopes = list(self._scopes(self._scope("", {**workflow, "nodes": nodes})))
         for scope in scopes:
             for key, node in scope.nodes.items():
                 if key not in scope.inner and node.get("mode") not in (MUTED, BYPASSED):

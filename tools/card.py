@@ -50,8 +50,9 @@ OF_TORCH = {
 """Packages that come with torch."""
 ALSO = ("pytest", "pluggy", "iniconfig", "pygments")
 """For the tests."""
-LEFT_OUT = (".git", "__pycache__", "tests/browser", "web/docs", "workflows", "input", "output",
-            "models", "comfy_api_nodes", "blueprints")  # fmt: skip
+LEFT_OUT = (".git", "tests/browser", "web/docs", "workflows", "input", "output", "models",
+            "comfy_api_nodes", "blueprints", *(f"comfy/text_encoders/{name}_tokenizer"
+            for name in ("qwen25", "qwen35", "llama")))  # fmt: skip
 """What a card has no use for, of the pack and of ComfyUI."""
 
 
@@ -70,8 +71,10 @@ def tests(out: Path, _: bool) -> dict[str, Any]:
         kinds = {child.tag for child in case}
         ended = "skipped" if "skipped" in kinds else "failed" if kinds else "passed"
         counts[ended] += 1
-        failed += [str(case.get("name"))] if ended == "failed" else []
-    return {**counts, "which failed": failed, "end": done.stdout.splitlines()[-1:]}
+        if ended == "failed":
+            why = " ".join(str(child.get("message", "")) for child in case)
+            failed.append(f"{case.get('name')}: {why[:200]}")
+    return {**counts, "which failed": failed[:20], "exit": done.returncode}
 
 
 def waits(_: Path, small: bool) -> dict[str, Any]:
@@ -426,9 +429,7 @@ def needed() -> dict[str, str]:
 def pack(folder: Path, python: str, has: set[str]) -> int:
     """Write what a machine without a network needs, but for packages that it has. The wheels are
     for Linux on x86-64; of the small model only the VAE goes along."""
-    from safetensors.torch import save_file
-
-    from sd35_core.checkpoint import TensorFile, keys_under
+    from sd35_core.checkpoint import TensorFile, keys_under, write_file
 
     folder.mkdir(parents=True, exist_ok=True)
     with in_folder() as temporary:
@@ -438,7 +439,7 @@ def pack(folder: Path, python: str, has: set[str]) -> int:
                 download(name, version, python, wheels)
         small, prefix = TensorFile(host.PACK / NANO), "first_stage_model."
         vae = temporary / "vae.safetensors"
-        save_file({prefix + k: small[prefix + k] for k in keys_under(small, prefix)}, vae)
+        write_file(vae, {prefix + k: small[prefix + k] for k in keys_under(small, prefix)}, {})
         for wheel in wheels.glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(site)
@@ -447,7 +448,8 @@ def pack(folder: Path, python: str, has: set[str]) -> int:
                                  (site, "site")):  # fmt: skip
                 archive.add(source, name, filter=lambda entry, root=name: wanted(entry, root))
             archive.add(vae, f"{host.PACK_NAME}/{NANO}")
-    shutil.copy(Path(__file__).with_name("card_packed.py"), folder / "card.py")
+    launcher = Path(__file__).with_name("card_packed.py").read_text("utf-8")
+    write_text(folder / "card.py", launcher, replace=True)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {size / 2**20:.1f} MiB. There: python {folder.name}/card.py")
     if size > MOST:
@@ -476,7 +478,7 @@ def wanted(entry: tarfile.TarInfo, root: str) -> tarfile.TarInfo | None:
     inside = entry.name.removeprefix(root).strip("/")
     parts = inside.split("/")
     unused = root != "site" and any(
-        inside == left or inside.startswith(left + "/") or left in parts for left in LEFT_OUT
+        inside == left or inside.startswith(left + "/") for left in LEFT_OUT
     )
     tested = root == "site" and ("tests" in parts or "test" in parts)
     return None if unused or tested or "__pycache__" in parts else entry

@@ -21,10 +21,11 @@ def main() -> int:
             archive.extractall(FOLDER, filter="data")
         (FOLDER / "complete.txt").touch()
     pack = next(path.parent.parent for path in FOLDER.glob("*/tools/card.py"))
+    found = [str(FOLDER / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
         "COMFYUI_PATH": str(FOLDER / "ComfyUI"),
-        "PYTHONPATH": str(FOLDER / "site"),
+        "PYTHONPATH": os.pathsep.join(found),
     }
     out = os.environ.get("OUT") or str(HERE)
     command = [sys.executable, str(pack / "tools" / "card.py"), "--out", out, *sys.argv[1:]]

@@ -380,11 +380,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder with files whose headers say what they are."""
     folder = tmp_path_factory.mktemp("models")
 
-    def write(
-        kind: str, name: str, said: dict[str, str] | None = None, **shapes: tuple[int, ...]
-    ) -> None:
+    def write(kind: str, name: str, **shapes: tuple[int, ...]) -> None:
         (folder / kind).mkdir(exist_ok=True)
         tensors = {k.replace("__", "."): torch.zeros(shape) for k, shape in shapes.items()}
+        scale = json.dumps({"transformer.lora_alpha": 8, "transformer.r": 4})
+        said = {"lora_adapter_metadata": scale} if name == "alpha.safetensors" else None
         save_file(tensors, folder / kind / name, said)
 
     def lora_of(width: int, **names: int) -> dict[str, tuple[int, int]]:
@@ -423,8 +423,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     to_q = "transformer__transformer_blocks__3__attn__to_q__lora"
     pair = {f"{to_q}_A__weight": (4, 1536), f"{to_q}_B__weight": (1536, 4)}
     write("loras", "dora.safetensors", **pair, **{f"{to_q}_magnitude_vector": (1536,)})
-    said = {"lora_adapter_metadata": '{"transformer.lora_alpha": 8, "transformer.r": 4}'}
-    write("loras", "alpha.safetensors", said, **pair)
+    write("loras", "alpha.safetensors", **pair)
     write("loras", "sdxl.safetensors",
           **lora_of(640, lora_unet_down_blocks_1_attentions_0_proj_in=1))  # fmt: skip
     write("diffusion_models", "flux.safetensors", double_blocks__0__img_attn__qkv__weight=(8, 8))

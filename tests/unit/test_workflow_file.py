@@ -266,3 +266,51 @@ def test_a_models_folder_that_is_not_there_is_said(
     file.write_text(json.dumps(canvas(LOADER, LATENT, sampler(), links=LINKS)), encoding="utf-8")
     assert main([str(file), "--models", str(tmp_path / "gone")]) == 2
     assert "is no folder" in capsys.readouterr().err
+
+
+GROUP = {
+    "nodes": [
+        {"type": "EmptySD3LatentImage", "widgets_values": [512, 512, 1], "inputs": [],
+         "outputs": [{"name": "LATENT", "type": "LATENT"}]},
+        {"type": "KSampler", "widgets_values": UNNAMED,
+         "inputs": [{"name": "model", "type": "MODEL"}, {"name": "latent_image", "type": "LATENT"}],
+         "outputs": [{"name": "LATENT", "type": "LATENT"}]},
+    ],
+    "links": [[0, 0, 1, 1, 4, "LATENT"]],
+    "external": [],
+}  # fmt: skip
+"""A group node as ComfyUI saved it before there were subgraphs: a latent and its sampler."""
+
+
+def grouped(*widgets: Any, kind: str = "workflow>draw") -> dict[str, Any]:
+    instance = node(9, kind, *widgets, model=1)
+    instance["inputs"][0]["name"] = "KSampler model"
+    decode = node(10, "VAEDecode", samples=2)
+    links = [(1, 1, 0, 9, 0, "MODEL"), (2, 9, 0, 10, 0, "LATENT")]
+    return {
+        **canvas(LOADER, instance, decode, links=links),
+        "extra": {"groupNodes": {"draw": GROUP}},
+    }
+
+
+@pytest.mark.parametrize("kind", ["workflow>draw", "workflow/draw"])
+def test_a_group_node_stands_for_its_nodes(kind: str) -> None:
+    graph = api_graph(grouped(1024, 768, 2, 3, "fixed", 40, 3.5, "euler", "beta", 1.0, kind=kind))
+    drawn = graph["9:1"]["inputs"]
+    assert drawn["model"] == ["1", 0] and drawn["latent_image"] == ["9:0", 0]
+    assert (drawn["steps"], drawn["cfg"], drawn["scheduler"]) == (40, 3.5, "beta")
+    assert graph["9:0"]["inputs"] == {"width": 1024, "height": 768, "batch_size": 2}
+    assert graph["10"]["inputs"]["samples"] == ["9:1", 0]
+    assert setups(graph, files_under(None))["9:1"].model is not None
+
+
+def test_a_group_nodes_own_widgets_stay_where_the_files_do_not_fit() -> None:
+    graph = api_graph(grouped("odd"))
+    assert graph["9:1"]["inputs"]["steps"] == 30
+
+
+def test_groups_of_groups_end() -> None:
+    many = {"nodes": [{"type": "Note", "inputs": []}] * 10_000, "links": []}
+    nodes = [node(i, "workflow>many") for i in range(10_000)]
+    with pytest.raises(TooLargeError):
+        api_graph({**canvas(*nodes, links=[]), "extra": {"groupNodes": {"many": many}}}, Budget(1))
