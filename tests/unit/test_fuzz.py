@@ -28,9 +28,11 @@ from sd35_core.checkpoint import (
     checked_config,
     diffusion_model,
     load,
+    pieces_of,
 )
 from sd35_core.config import MMDiTXConfig
 from sd35_core.controlnet import load_controlnet
+from sd35_core.limits import PIECES
 from sd35_core.packing import FORMATS, GROUP, VQ2
 from sd35_core.preflight import Model
 from sd35_core.quantization import Plan, quantized
@@ -134,6 +136,21 @@ def test_safetensors(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> N
     survives(lambda: headers.control_in(path))
     survives(lambda: headers.vae_channels(path))
     survives(lambda: headers.lora_in(path, Model(depth=4, hidden=256)))
+
+
+@WRITTEN
+@given(
+    st.text(max_size=12).map(lambda text: text.replace("/", "").replace("\0", "")),
+    st.integers(-1, 10**6),
+    st.integers(-1, 10**6),
+    st.booleans(),
+)
+def test_names_of_a_models_files(name: str, number: int, count: int, last: bool) -> None:
+    ending = "-00002-of-00002" if last else ""
+    found = survives(
+        lambda: pieces_of(Path(f"{name}-{number:05}-of-{count:05}{ending}.safetensors"))
+    )
+    assert found is None or 1 <= len(found) <= PIECES.most
 
 
 GGUF_TENSORS = {

@@ -70,7 +70,9 @@ NODE = st.fixed_dictionaries(
         "properties": JUNK | st.fixed_dictionaries({"sd35_recipe": VALUES}),
     },
 )
-INSTANCES = st.sampled_from(["a", "b", "SetNode", "GetNode", "PrimitiveNode"])
+INSTANCES = st.sampled_from(
+    ["a", "b", "SetNode", "GetNode", "PrimitiveNode", "workflow>g", "workflow/g", "workflow>"]
+)
 PLACES = st.sampled_from([-10, -20, 0, 1, 2, 3])
 INNER_LINK = st.fixed_dictionaries(
     {"id": st.integers(0, 5), "origin_id": PLACES, "origin_slot": st.integers(-1, 2),
@@ -85,6 +87,14 @@ SUBGRAPH = st.fixed_dictionaries(
      "links": st.lists(INNER_LINK, max_size=5) | JUNK},
     optional={"inputs": st.lists(SLOT, max_size=3) | JUNK},
 )  # fmt: skip
+GROUP_LINK = st.tuples(*[st.integers(-1, 4) | st.none()] * 4, st.just(1), st.just("MODEL")).map(
+    list
+)
+GROUP = st.fixed_dictionaries(
+    {"nodes": st.lists(INNER | JUNK, max_size=4) | JUNK,
+     "links": st.lists(GROUP_LINK | JUNK, max_size=5) | JUNK},
+    optional={"external": st.lists(GROUP_LINK, max_size=3) | JUNK},
+)  # fmt: skip
 LINK = st.tuples(*[st.integers(0, 5)] * 5, st.just("MODEL")).map(list)
 CANVAS = st.fixed_dictionaries(
     {
@@ -92,7 +102,8 @@ CANVAS = st.fixed_dictionaries(
         "links": st.lists(LINK | JUNK, max_size=6) | JUNK,
     },
     optional={
-        "definitions": st.fixed_dictionaries({"subgraphs": st.lists(SUBGRAPH, max_size=3)}) | JUNK
+        "definitions": st.fixed_dictionaries({"subgraphs": st.lists(SUBGRAPH, max_size=3)}) | JUNK,
+        "extra": st.fixed_dictionaries({"groupNodes": st.dictionaries(st.just("g"), GROUP)}) | JUNK,
     },
 )
 WORKFLOW = API | CANVAS | st.dictionaries(st.text(max_size=8), JUNK, max_size=4)
