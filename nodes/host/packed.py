@@ -15,6 +15,7 @@ import comfy.utils
 import comfyui_version
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
 from ...sd35_core.errors import SettingError
@@ -161,14 +162,23 @@ class UsePatch(comfy.model_patcher.LowVramPatch):
 
     def move_to(self, device: Any) -> int:
         """Keep the matrices on a device; the bytes that they take there."""
-        if self.held or comfy.model_management.is_device_cpu(device):
-            return self.held
-        self.held = self.memory_required()
-        self.prepare(torch.empty(self.held, dtype=torch.uint8, device=device), None)
+        if not self.held and not comfy.model_management.is_device_cpu(device):
+            moved: list[Tensor] = []
+            self.patches = {self.key: _moved(self.patches[self.key], device, moved)}
+            self.held = sum(tensor.nbytes for tensor in moved)
         return self.held
 
-    def clear_prepared(self) -> None:
-        """Nothing: the host clears what it prepared for one use; this stays for all."""
+
+def _moved(value: Any, device: Any, moved: list[Tensor]) -> Any:
+    """A patch with its tensors on a device; these are added to `moved`."""
+    if isinstance(value, Tensor):
+        moved.append(value.to(device))
+        return moved[-1]
+    if isinstance(value, WeightAdapterBase):
+        return type(value)(value.loaded_keys, _moved(value.weights, device, moved))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_moved(each, device, moved) for each in value)
+    return value
 
 
 class PackedWeights(comfy.model_patcher.ModelPatcher):

@@ -51,12 +51,13 @@ def _end(patcher: Any) -> None:
 def held(device: Any, block: nn.Module) -> Iterator[None]:
     """Keep a block's resting weights on the device, where they would be carried for each call.
 
-    What the host's dynamic weights change on their way is left to them.
+    What the host's dynamic weights have on the device, or change on their way, is left to them.
     """
     resting = []
     for name, module in block.named_modules(prefix="."):
         changed = getattr(module, "weight_lowvram_function", None)
-        if RESTING in f"{name}." and hasattr(module, "comfy_cast_weights") and not changed:
+        by_the_host = changed or getattr(module, "_v_signature", None) is not None
+        if RESTING in f"{name}." and hasattr(module, "comfy_cast_weights") and not by_the_host:
             resting.append((module, module.weight, module.bias))
     for module, *parameters in resting:
         moved = [p if p is None else nn.Parameter(p.to(device), False) for p in parameters]
