@@ -422,3 +422,22 @@ def test_panels_in_a_subgraph_show_what_they_show_outside(page: Any) -> None:
     shot(page, "subgraph")
     assert panel(page, SAMPLER).locator(".sd35-changed").inner_text() == outside
     assert panel(page, SKIP).locator(".sd35-layer").count() == 4
+
+
+def test_a_fresh_skip_layer_node_fits_the_model_and_an_opened_one_stays(page: Any) -> None:
+    with_skip_layers(page)
+    page.wait_for_timeout(600)
+    assert widgets(page, SKIP)["layers"] == "1" and widgets(page, SKIP)["scale"] == 2.5
+    assert panel(page, SKIP).locator(".sd35-error").inner_text() == ""
+    shot(page, "fresh")
+    set_widget(page, SKIP, "layers", "7, 8, 9")
+    saved = page.evaluate("() => app.graph.serialize()")
+    opened(page, saved)
+    page.wait_for_timeout(600)
+    assert widgets(page, SKIP)["layers"] == "7, 8, 9", "what a workflow says is kept"
+
+
+def test_a_set_up_that_fits_says_so(page: Any) -> None:
+    opened(page, read(PACK / "workflows" / "text_to_image.json"))
+    said = page.locator(PANEL).locator(".sd35-findings").first
+    assert "Nothing to say" in said.inner_text()

@@ -30,17 +30,17 @@ export function samplerPanel(state, recipes, on) {
     );
     restore.disabled = state.changed.length === 0;
     const changed = state.changed.map(([, widget, seen, wanted]) => `${widget} ${seen} (${wanted})`);
-    const said = changed.length ? `changed: ${changed.join(", ")}` : "as the recipe";
+    const words = changed.length ? `changed: ${changed.join(", ")}` : "as the recipe";
     return [
         element("div", { class: "sd35-row" }, choice, restore),
         element(
             "div",
-            { class: "sd35-changed", title: `${said}\nIn brackets: what the recipe says.` },
-            state.recipe ? said : "",
+            { class: "sd35-changed", title: `${words}\nIn brackets: what the recipe says.` },
+            state.recipe ? words : "",
         ),
         curve(state.levels, state.bands),
         element("div", { class: "sd35-legend" }, ...legend(state)),
-        element("div", { class: "sd35-findings" }, ...state.findings.map(finding)),
+        element("div", { class: "sd35-findings" }, ...said(state)),
     ];
 }
 
@@ -51,6 +51,11 @@ function legend({ levels, bands }) {
         items.push(element("span", { class: `sd35-key-${band.kind}` }, count));
     }
     return items;
+}
+
+function said({ findings, model_recipe: known }) {
+    if (findings.length || !known) return findings.map(finding);
+    return [element("div", { class: "sd35-note" }, "✓ Nothing to say: this fits SD3.5.")];
 }
 
 function finding([severity, text]) {
