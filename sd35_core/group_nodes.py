@@ -48,9 +48,10 @@ def _subgraph(
         })  # fmt: skip
         return len(links) - 1
 
-    inside = {(each[2], each[3]): each for each in group["links"] if each[2] is not None}
-    used = {(each[0], each[1]) for each in group["links"]}
-    shown = {(each[0], each[1]) for each in group.get("external") or ()}
+    within = [each for each in group["links"] if None not in (each[0], each[2])]  # not from outside
+    inside = {(each[2], each[3]): each for each in within}
+    used = {(each[0], each[1]) for each in within}
+    shown = {(_place(each[0]), each[1]) for each in group.get("external") or ()}
     waiting: list[dict[str, Any]] = list(node.get("inputs") or ())
     inputs: list[dict[str, Any]] = []
     for place, each in enumerate(inner):
@@ -84,6 +85,11 @@ def _subgraph(
         "inputs": [{"name": slot["name"]} for slot in inputs],
     }
     return {**node, "inputs": inputs}, definition
+
+
+def _place(node: Any) -> Any:
+    """The place of a node that is named by it, or, in older files, written out."""
+    return node.get("index") if isinstance(node, dict) else node
 
 
 def _taken(

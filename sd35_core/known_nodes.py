@@ -9,6 +9,12 @@ LOADER, ALIAS = "SD35Loader", "SD35ModelLoader"
 """Our loader's id, which RES4LYF's has as well, and the one under which ours is there too."""
 
 
+THEIR_WIDGETS = (
+    "model_name", "weight_dtype", "clip_name1", "clip_name2_opt", "clip_name3_opt", "vae_name",
+)  # fmt: skip
+"""The widgets of RES4LYF's SD35Loader, in their order."""
+
+
 def is_theirs(inputs: Mapping[str, Any]) -> bool:
     """Whether a node SD35Loader is RES4LYF's, by its inputs."""
     return "model_name" in inputs and "model" not in inputs
@@ -89,7 +95,8 @@ LOADERS = {
 }
 """Class -> the widget that names the model, and where the file is."""
 SAMPLERS = {"SD35Sampler", "SD35SkipLayerSweep", "KSampler", "KSamplerAdvanced", "SamplerCustom",
-            "SamplerCustomAdvanced"}  # fmt: skip
+            "SamplerCustomAdvanced", "ClownsharKSampler", "ClownsharKSampler_Beta"}  # fmt: skip
+"""Of the pack, of ComfyUI and of RES4LYF."""
 CHECK_OUTPUTS = ("model", "positive", "negative", "latent")
 """Inputs of SD35Check that come out again, in this order."""
 EMPTY_LATENTS = {"EmptySD3LatentImage": 16, "EmptyLatentImage": 4}
@@ -144,6 +151,10 @@ WIDGETS: dict[str, tuple[str, ...]] = {
         "double_layers", "single_layers", "start_percent", "end_percent",
     ),
     "FluxGuidance": ("guidance",),
+    "ClownsharKSampler_Beta": (
+        "eta", "sampler_name", "scheduler", "steps", "steps_to_run", "denoise", "cfg", "seed",
+        "sampler_mode", "bongmath",
+    ),
     "SkipLayerGuidanceDiT": (
         "double_layers", "single_layers", "scale", "start_percent", "end_percent",
         "rescaling_scale",

@@ -12,7 +12,7 @@ from typing import Any
 from .errors import SettingError
 from .graph import LONGEST_NAME, Budget, Graph, TooLargeError, node_of
 from .group_nodes import as_subgraphs
-from .known_nodes import WIDGETS
+from .known_nodes import LOADER, THEIR_WIDGETS, WIDGETS
 
 SEED_MODES = {"fixed", "increment", "decrement", "randomize"}
 """What stands after a seed, without a name."""
@@ -303,6 +303,8 @@ def widgets_of(node: dict[str, Any]) -> dict[str, Any]:
         return dict(values)
     named = [slot["name"] for slot in node.get("inputs") or () if "widget" in slot]
     order = WIDGETS.get(node["type"], ())
+    if node["type"] == LOADER and "clip_l" not in named:
+        order = THEIR_WIDGETS
     return _named(named if set(order) <= set(named) else list(order), values)
 
 

@@ -276,8 +276,8 @@ GROUP = {
          "inputs": [{"name": "model", "type": "MODEL"}, {"name": "latent_image", "type": "LATENT"}],
          "outputs": [{"name": "LATENT", "type": "LATENT"}]},
     ],
-    "links": [[0, 0, 1, 1, 4, "LATENT"]],
-    "external": [],
+    "links": [[None, 0, 1, 0, 3, "MODEL"], [0, 0, 1, 1, 4, "LATENT"]],
+    "external": [[{"type": "KSampler", "index": 1}, 0, "LATENT"]],
 }  # fmt: skip
 """A group node as ComfyUI saved it before there were subgraphs: a latent and its sampler."""
 
@@ -314,3 +314,16 @@ def test_groups_of_groups_end() -> None:
     nodes = [node(i, "workflow>many") for i in range(10_000)]
     with pytest.raises(TooLargeError):
         api_graph({**canvas(*nodes, links=[]), "extra": {"groupNodes": {"many": many}}}, Budget(1))
+
+
+def test_a_workflow_of_res4lyf_is_read_as_theirs() -> None:
+    loader = node(1, "SD35Loader", "sd3.5_medium.safetensors", "default", "clip_g.safetensors",
+                  ".none", "t5xxl.safetensors", ".use_ckpt_vae")  # fmt: skip
+    values = (0.5, "multistep/res_2m", "bong_tangent", 30, -1, 1, 9, 7, "fixed", "standard", True)
+    drawing = node(5, "ClownsharKSampler_Beta", *values, model=1, latent_image=2)
+    graph = api_graph(canvas(loader, LATENT, drawing, links=LINKS))
+    (setup,) = setups(graph, files_under(None)).values()
+    assert (setup.sampling.steps, setup.sampling.cfg) == (30, 9.0)
+    assert setup.model is not None and setup.model.variant == "sd3.5_medium"
+    assert setup.model.of_res4lyf and not setup.model.own
+    assert [finding.rule for finding in check(graph, files_under(None))["5"]] == ["high cfg"]
