@@ -128,7 +128,7 @@ WRONG: dict[str, tuple[Any, str]] = {
             end_percent=0.35, downscale_after_skip=True, downscale_method="bicubic",
             upscale_method="bicubic"),
         "PatchModelAddDownscale.* does nothing on SD3.5"),
-    "a LoRA for another model": (lora("for another.safetensors"), "none of its 2 keys"),
+    "a LoRA for another model": (lora("for another.safetensors"), "none of its 1 layers"),
     "a size that the model never saw": (
         lambda p: p["4"]["inputs"].update(width=256, height=256), "256x256"),
     "a zeroed prompt": (
