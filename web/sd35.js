@@ -17,7 +17,6 @@ const WATCHED = [
 ];
 const RECIPE = "sd35_recipe";
 const UNREAD = "Not shown: this node is bypassed, muted or in a subgraph that no node stands for.";
-const LAYERS = "7, 8, 9";
 const PAUSE = 120;
 
 const shown = new Set(); // {node, state, panel, visible, drawn}; no panel until wanted
@@ -32,7 +31,6 @@ let recipes = {};
 let timer = null;
 let chosenModel = null;
 let last = "";
-let opening = false; // a workflow, whose widgets keep what it says
 
 function widget(node, name) {
     return node?.widgets?.find((found) => found.name === name);
@@ -119,18 +117,7 @@ function show(plan) {
             apply(node, state, state.model_recipe);
         }
         entry.state = state;
-        if (entry.fresh && state.depth) fitLayers(entry);
         draw(entry);
-    }
-}
-
-// A node that was just put on the canvas skips Medium's layers; a smaller model has none of these.
-function fitLayers(entry) {
-    const { node, state } = entry;
-    entry.fresh = false;
-    if (state.error && state.presets.length && widget(node, "layers")?.value === LAYERS) {
-        write(node, { layers: state.presets[0][1] });
-        refresh();
     }
 }
 
@@ -177,7 +164,7 @@ function watch(node) {
 // A DOM widget costs every frame something, seen or not: on the classic canvas a node gets its own
 // when it is first drawn. Nodes 2.0 draws none there, and builds a node fastest with its widgets.
 function expectPanel(node) {
-    const entry = { node, state: null, panel: null, visible: false, drawn: "", fresh: !opening };
+    const entry = { node, state: null, panel: null, visible: false, drawn: "" };
     shown.add(entry);
     const removed = node.onRemoved;
     node.onRemoved = function (...values) {
@@ -238,14 +225,13 @@ app.registerExtension({
         refresh();
     },
     beforeConfigureGraph(graph) {
-        opening = true;
+        chosenModel = null;
         const words = toldApart(graph, LiteGraph.registered_node_types.SD35Loader);
         if (words) {
             app.extensionManager?.toast?.add({ severity: "info", summary: "SD35Loader", detail: words });
         }
     },
     afterConfigureGraph() {
-        opening = false;
         last = "";
         refresh();
     },
