@@ -13,31 +13,18 @@ from .graph import Budget
 PREFIXES = ("workflow>", "workflow/")
 
 
-def as_subgraphs(
-    workflow: dict[str, Any], budget: Budget
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The nodes of a canvas file with each group node as one of a type of its own, and what these
-    types hold, by their names. Raises TooLargeError when the budget is spent."""
-    groups = (workflow.get("extra") or {}).get("groupNodes") or {}
-    nodes, definitions = [], {}
-    for node in workflow["nodes"]:
-        budget.spend()
-        kind = str(node["type"])
-        prefix = next((p for p in PREFIXES if kind.startswith(p)), None)
-        group = groups.get(kind.removeprefix(prefix)) if prefix else None
-        if group is None:
-            nodes.append(node)
-            continue
-        name = f"{kind}#{node['id']}"
-        instance, definitions[name] = _subgraph(node, group, budget)
-        nodes.append({**instance, "type": name})
-    return nodes, definitions
+def group_of(node: dict[str, Any], groups: dict[str, Any]) -> dict[str, Any] | None:
+    """What is in a node, if it is a group node of the file's."""
+    kind = str(node["type"])
+    prefix = next((prefix for prefix in PREFIXES if kind.startswith(prefix)), None)
+    return None if prefix is None else groups.get(kind.removeprefix(prefix))
 
 
-def _subgraph(
+def as_subgraph(
     node: dict[str, Any], group: dict[str, Any], budget: Budget
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A group node and what is in it, as the node of a subgraph and its definition."""
+    """A group node and what is in it, as the node of a subgraph and its definition. Raises
+    TooLargeError when the budget is spent."""
     inner = [dict(each) for each in group["nodes"]]
     links: list[dict[str, Any]] = []
 

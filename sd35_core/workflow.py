@@ -248,11 +248,14 @@ class Reader:
         shift = self.number(steps, "shift")
         if shift is None:
             shift = self.shift_before(chain)
+        cfg = self.number(source, "cfg", "cfg_conds")
+        if self.kind(source) == "BasicGuider":
+            cfg = 1.0
+        elif self.value(sampler, "sampler_mode") in ("unsample", "resample"):
+            cfg = None  # RES4LYF's ways back to noise, which go without guidance
         return Sampling(
             steps=self.whole(steps, "steps"),
-            cfg=1.0
-            if self.kind(source) == "BasicGuider"
-            else self.number(source, "cfg", "cfg_conds"),
+            cfg=cfg,
             shift=shift,
             sampler=self.value(chosen[0] if chosen else sampler, "sampler", "sampler_name"),
             schedule=self.value(steps, "schedule", "scheduler"),

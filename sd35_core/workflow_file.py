@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import SettingError
 from .graph import LONGEST_NAME, Budget, Graph, TooLargeError, node_of
-from .group_nodes import as_subgraphs
+from .group_nodes import as_subgraph, group_of
 from .known_nodes import LOADER, THEIR_WIDGETS, WIDGETS
 
 SEED_MODES = {"fixed", "increment", "decrement", "randomize"}
@@ -19,7 +19,7 @@ SEED_MODES = {"fixed", "increment", "decrement", "randomize"}
 MUTED, BYPASSED = 2, 4
 INPUTS, OUTPUTS = "-10", "-20"
 """Ids of a subgraph's two ends, among its nodes."""
-MOST_NODES = 20_000
+MOST_NODES, MOST_LINKS = 20_000, 200_000
 DEEPEST = 16
 """Subgraphs in one another."""
 PNG, WEBP = b"\x89PNG\r\n\x1a\n", b"WEBP"
@@ -155,10 +155,10 @@ class _Canvas:
     def __init__(self, workflow: dict[str, Any], budget: Budget):
         self.budget, self.graph = budget, {}
         subgraphs = (workflow.get("definitions") or {}).get("subgraphs") or ()
-        nodes, groups = as_subgraphs(workflow, budget)
-        self.definitions = {**{each["id"]: each for each in subgraphs}, **groups}
-        self.count = 0
-        scopes = list(self._scopes(self._scope("", {**workflow, "nodes": nodes})))
+        self.definitions = {each["id"]: each for each in subgraphs}
+        self.groups = (workflow.get("extra") or {}).get("groupNodes") or {}
+        self.count, self.links = 0, 0
+        scopes = list(self._scopes(self._scope("", workflow)))
         for scope in scopes:
             for key, node in scope.nodes.items():
                 if key not in scope.inner and node.get("mode") not in (MUTED, BYPASSED):
@@ -167,10 +167,11 @@ class _Canvas:
     def _scope(self, prefix: str, found: dict[str, Any], **more: Any) -> _Scope:
         nodes = {str(node["id"])[:LONGEST_NAME]: node for node in found["nodes"]}
         self.count += len(nodes)
-        if self.count > MOST_NODES:
+        self.links += len(found["links"])
+        if self.count > MOST_NODES or self.links > MOST_LINKS:
             raise TooLargeError(
                 f"The workflow is too large to check: with its subgraphs it has more than "
-                f"{MOST_NODES:,} nodes. It can be queued all the same."
+                f"{MOST_NODES:,} nodes or {MOST_LINKS:,} links. It can be queued all the same."
             )
         links = {}
         for link in found["links"]:
@@ -187,8 +188,11 @@ class _Canvas:
         for key, node in scope.nodes.items():
             self.budget.spend()
             definition = self.definitions.get(node["type"])
-            if definition is None or node.get("mode") in (MUTED, BYPASSED):
+            group = group_of(node, self.groups)
+            if node.get("mode") in (MUTED, BYPASSED) or (definition is None and group is None):
                 continue
+            if group is not None:
+                node, definition = as_subgraph(node, group, self.budget)
             if scope.depth == DEEPEST:
                 raise SettingError(f"The workflow's subgraphs stand more than {DEEPEST} deep.")
             inner = self._scope(

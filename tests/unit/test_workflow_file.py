@@ -327,3 +327,27 @@ def test_a_workflow_of_res4lyf_is_read_as_theirs() -> None:
     assert setup.model is not None and setup.model.variant == "sd3.5_medium"
     assert setup.model.of_res4lyf and not setup.model.own
     assert [finding.rule for finding in check(graph, files_under(None))["5"]] == ["high cfg"]
+
+
+@pytest.mark.parametrize("of_groups", [False, True])
+def test_links_without_end_are_refused_before_they_fill_the_memory(of_groups: bool) -> None:
+    """Few nodes, and in each the same many links."""
+    if of_groups:
+        many = {"nodes": [node(0, "Note")], "links": [[0, 0, 0, 0, 1, "MODEL"]] * 50_000}
+        outer = {
+            **canvas(*(node(i, "workflow>many") for i in range(200)), links=[]),
+            "extra": {"groupNodes": {"many": {**many, "nodes": [LATENT] * 5_000}}},
+        }
+    else:
+        inner = subgraph("a", [], [], [(i, 0, 0, 0, 0) for i in range(50_000)])
+        outer = canvas(*(node(i, "a") for i in range(200)), links=[], subgraphs=(inner,))
+    with pytest.raises(TooLargeError, match="200,000 links"):
+        api_graph(outer)
+
+
+@pytest.mark.parametrize(("mode", "said"), [("unsample", []), ("standard", ["low cfg"])])
+def test_a_way_back_to_noise_goes_without_guidance(mode: str, said: list[str]) -> None:
+    values = (0.5, "multistep/res_2m", "bong_tangent", 30, -1, 1, 1, 7, "fixed", mode, True)
+    drawing = node(5, "ClownsharKSampler_Beta", *values, model=1, latent_image=2)
+    graph = api_graph(canvas(LOADER, LATENT, drawing, links=LINKS))
+    assert [finding.rule for finding in check(graph, files_under(None))["5"]] == said
