@@ -187,12 +187,14 @@ class _Canvas:
         yield scope
         for key, node in scope.nodes.items():
             self.budget.spend()
+            if node.get("mode") in (MUTED, BYPASSED):
+                continue
             definition = self.definitions.get(node["type"])
             group = group_of(node, self.groups)
-            if node.get("mode") in (MUTED, BYPASSED) or (definition is None and group is None):
-                continue
             if group is not None:
                 node, definition = as_subgraph(node, group, self.budget)
+            if definition is None:
+                continue
             if scope.depth == DEEPEST:
                 raise SettingError(f"The workflow's subgraphs stand more than {DEEPEST} deep.")
             inner = self._scope(
