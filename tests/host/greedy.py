@@ -1,4 +1,4 @@
-"""A node pack for test_faults: a model that in its third step asks for more memory than any machine has.
+"""A node pack for test_faults: a model whose third step asks for more memory than there is.
 
 A limit of the process, in place of it, also refuses the small pieces that torch can't do without,
 which ends the process.

@@ -225,8 +225,13 @@ def test_a_file_of_no_tensors_is_read(tmp_path: Path) -> None:
     assert not TensorFile(write_header(tmp_path / "m.safetensors", {}))
 
 
-@pytest.mark.parametrize("key", [f"lora_unet_joint_blocks_{MANY_DIGITS}_x_block_attn_qkv.lora_up.weight",
-                                 f"transformer_blocks.{MANY_DIGITS}.attn.to_q.lora_A.weight"])  # fmt: skip
+LORA_KEYS = (
+    f"lora_unet_joint_blocks_{MANY_DIGITS}_x_block_mlp_fc1.lora_up.weight",
+    f"transformer_blocks.{MANY_DIGITS}.attn.to_q.lora_A.weight",
+)
+
+
+@pytest.mark.parametrize("key", LORA_KEYS, ids=["Stability's", "diffusers'"])
 def test_a_loras_block_of_5000_digits_fits_no_model(key: str, tmp_path: Path) -> None:
     path = write_header(tmp_path / "lora.safetensors", {key: [0]})
     assert headers.lora_in(path, Model(depth=4, hidden=256)) == headers.LoraFile(1, 0)
