@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -14,6 +14,7 @@ import comfy.quant_ops
 import comfy.utils
 import comfyui_version
 import torch
+from comfy.model_patcher import MemoryCounter
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
@@ -163,22 +164,37 @@ class UsePatch(comfy.model_patcher.LowVramPatch):
     def move_to(self, device: Any) -> int:
         """Keep the matrices on a device; the bytes that they take there."""
         if not self.held and not comfy.model_management.is_device_cpu(device):
-            moved: list[Tensor] = []
-            self.patches = {self.key: _moved(self.patches[self.key], device, moved)}
-            self.held = sum(tensor.nbytes for tensor in moved)
+            moved = Moved(device)
+            self.patches = {self.key: moved.patch(self.patches[self.key])}
+            self.held = moved.size
         return self.held
 
 
-def _moved(value: Any, device: Any, moved: list[Tensor]) -> Any:
-    """A patch with its tensors on a device; these are added to `moved`."""
-    if isinstance(value, Tensor):
-        moved.append(value.to(device))
-        return moved[-1]
-    if isinstance(value, WeightAdapterBase):
-        return type(value)(value.loaded_keys, _moved(value.weights, device, moved))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_moved(each, device, moved) for each in value)
-    return value
+class Moved:
+    """Tensors of patches on a device, each carried there once while `may_keep` lets it stay."""
+
+    def __init__(self, device: Any, may_keep: Callable[[Tensor], bool] = lambda tensor: True):
+        self.device, self.may_keep = device, may_keep
+        self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def size(self) -> int:
+        """Bytes on the device."""
+        return sum(there.nbytes for _, there in self.pairs.values())
+
+    def patch(self, value: Any) -> Any:
+        """A patch, or a part of one, with its tensors on the device."""
+        if isinstance(value, Tensor):
+            if id(value) not in self.pairs:
+                if not self.may_keep(value):
+                    return value
+                self.pairs[id(value)] = value, value.to(self.device)
+            return self.pairs[id(value)][1]
+        if isinstance(value, WeightAdapterBase):
+            return type(value)(value.loaded_keys, self.patch(value.weights))
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.patch(each) for each in value)
+        return value
 
 
 class PackedWeights(comfy.model_patcher.ModelPatcher):
@@ -233,7 +249,13 @@ class PackedWeights(comfy.model_patcher.ModelPatcher):
 
 
 class PackedPatcher(PackedWeights, RestingPatcher):
-    """Packed weights, loaded before they are used."""
+    """Packed weights, loaded before they are used.
+
+    The matrices of hooks stay on the device for one run, if there is room as the host reckons it
+    for the weights that it patches for hooks.
+    """
+
+    of_hooks: Moved | None = None
 
     def patch_hook_weight_to_device(
         self, hooks: Any, combined_patches: Any, key: str, *rest: Any, **named: Any
@@ -244,11 +266,22 @@ class PackedPatcher(PackedWeights, RestingPatcher):
     def patch_hooks(self, hooks: Any) -> None:
         super().patch_hooks(hooks)
         combined = self.get_combined_hook_patches(hooks)
+        if combined and self.of_hooks is None:
+            free = comfy.model_management.get_free_memory(self.load_device)
+            spare = comfy.model_management.minimum_inference_memory() * 2
+            self.of_hooks = Moved(self.load_device, MemoryCounter(free, spare).use)
         for key, module in self._packed():
             functions = _without_hooks(module)
             if key in combined:
-                functions.append(HookPatch(key, combined))
+                patches = combined[key]
+                if self.of_hooks is not None and module.weight.device == self.load_device:
+                    patches = self.of_hooks.patch(patches)
+                functions.append(HookPatch(key, {key: patches}))
             module.weight_function = functions
+
+    def clear_cached_hook_weights(self) -> None:
+        super().clear_cached_hook_weights()
+        self.of_hooks = None
 
     def unpatch_hooks(self, *args: Any, **named: Any) -> None:
         super().unpatch_hooks(*args, **named)

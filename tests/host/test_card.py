@@ -260,6 +260,7 @@ def budgets(
     slg = cost(skipping(s.comfy, s.model("off"), start=0.0, end=1.0))
     slg_cache = cost(skipping(s.comfy, s.model("on"), start=0.0, end=1.0))
     packed = cost(s.with_lora(s.model("off", packed="int8")))
+    hook = cost(s.model("off", packed="int8"), positive=hooked(s.comfy, s.conds))
     control = cost(s.model("off"), **s.controlled("canny 2b"))
     return found | {
         "cache: launches": (cache.launches, plain.launches),
@@ -270,6 +271,7 @@ def budgets(
         "skipped layers, cache: waits": (slg_cache.waits, host_slg.waits + 2),
         "packed, lora: waits": (packed.waits, plain.waits),
         "packed, lora: bytes": (packed.uploaded, plain.uploaded),
+        "packed, lora of one prompt: bytes": (hook.uploaded, plain.uploaded),
         "controlnet: waits": (control.waits, plain.waits + 2),
     }
 
