@@ -9,7 +9,7 @@ from typing import Any
 from .errors import SettingError
 
 Graph = dict[str, dict[str, Any]]
-"""A prompt in the API's format: node id -> class_type and inputs, each of them `bounded`."""
+"""A prompt in the API's format: node id -> class_type, inputs and properties, each `bounded`."""
 Link = tuple[str, int]
 
 LARGEST_NUMBER = 2**64
@@ -55,7 +55,11 @@ def bounded(value: Any) -> Any:
     return None
 
 
-def node_of(kind: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """A node of a Graph."""
-    values = {name: bounded(value) for name, value in inputs.items()}
-    return {"class_type": str(kind)[:LONGEST_NAME], "inputs": values}
+def node_of(kind: Any, inputs: dict[str, Any], properties: Any = None) -> dict[str, Any]:
+    """A node of a Graph; properties are what the canvas keeps with a node, if anything."""
+    properties = properties if isinstance(properties, dict) else {}
+    return {
+        "class_type": str(kind)[:LONGEST_NAME],
+        "inputs": {name: bounded(value) for name, value in inputs.items()},
+        "properties": {name: bounded(value) for name, value in properties.items()},
+    }

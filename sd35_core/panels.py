@@ -46,20 +46,13 @@ def answer(body: bytes, find: Find, seconds: float = math.inf) -> str:
     Raises SettingError for no workflow, and for one that takes more than so many seconds.
     """
     budget = Budget(seconds)
-    workflow = parsed(body)
-    graph = api_graph(workflow, budget)
+    graph = api_graph(parsed(body), budget)
     reader = Reader(graph, find, budget)
-    nodes = workflow.get("nodes")
-    chosen = {
-        str(node.get("id")): properties.get(CHOSEN)
-        for node in (nodes if isinstance(nodes, list) else ())
-        if isinstance(node, dict) and isinstance(properties := node.get("properties"), dict)
-    }
     found, length = [], 0
     for key, node in graph.items():
         budget.spend()
         if node["class_type"] == SAMPLER:
-            panel = sampler_panel(reader, key, chosen.get(key))
+            panel = sampler_panel(reader, key)
         elif node["class_type"] == SKIP:
             panel = skip_panel(reader, key)
         else:
@@ -75,13 +68,13 @@ def answer(body: bytes, find: Find, seconds: float = math.inf) -> str:
     return f"{{{', '.join(found)}}}"
 
 
-def sampler_panel(reader: Reader, key: str, chosen: str | None) -> dict[str, Any]:
+def sampler_panel(reader: Reader, key: str) -> dict[str, Any]:
     """The curve with its windows, the recipe and what differs from it, and what to say."""
     setup = reader.setup(key)
     chain = list(reader.chain(key, "model", "model1"))
     skips = [k for k in chain if reader.kind(k) == SKIP]
-    likely = likely_recipe(setup)
-    recipe = chosen if isinstance(chosen, str) and chosen in RECIPES else likely
+    likely, chosen = likely_recipe(setup), reader.graph[key]["properties"].get(CHOSEN)
+    recipe = _with_skips(chosen, setup) if isinstance(chosen, str) and chosen in RECIPES else likely
     return {
         "recipe": recipe,
         "model_recipe": likely,
@@ -97,11 +90,16 @@ def sampler_panel(reader: Reader, key: str, chosen: str | None) -> dict[str, Any
 def likely_recipe(setup: Setup) -> str | None:
     """The recipe of what is connected: the model, and what steers it."""
     recipe = setup.model.recipe if setup.model else None
-    if recipe == "sd3.5_medium" and any(skip.scale for skip in setup.skips):
-        return "sd3.5_medium_slg"
     kinds = [control.control_type for control in setup.controls]
     with_control = f"{recipe}_{kinds[0]}" if kinds else ""
-    return with_control if with_control in RECIPES else recipe
+    return _with_skips(with_control if with_control in RECIPES else recipe, setup)
+
+
+def _with_skips(recipe: str | None, setup: Setup) -> str | None:
+    """A recipe, or where Skip Layer Guidance acts the same model's with it, if there is one."""
+    with_skips = f"{recipe}_slg"
+    acts = any(skip.scale for skip in setup.skips)
+    return with_skips if acts and with_skips in RECIPES else recipe
 
 
 def changed(reader: Reader, key: str, skips: list[str], recipe: str) -> list[list[Any]]:

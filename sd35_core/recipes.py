@@ -21,10 +21,13 @@ class Recipe:
 
 
 _CONTROLNET = {"steps": 60, "cfg": 3.5, "sampler": "euler"}
+_NANO = {"steps": 28, "cfg": 4.0, "shift": 1.0, "schedule": "simple"}
+_NANO_LAYERS = SkipLayers(frozenset({1}), 2.5, 0.01, 0.20)
 _MEDIUM_LAYERS = SkipLayers(frozenset({7, 8, 9}), 2.5, 0.01, 0.20)
 
 RECIPES = {
-    "sd35_nano": Recipe("SD3.5 nano (comes with the pack)", 28, 4.0, 1.0, schedule="simple"),
+    "sd35_nano": Recipe("SD3.5 nano (comes with the pack)", **_NANO),
+    "sd35_nano_slg": Recipe("SD3.5 nano + Skip Layer Guidance", skip_layers=_NANO_LAYERS, **_NANO),
     "sd3.5_medium": Recipe("SD3.5 Medium", steps=50, cfg=5.0),
     "sd3.5_medium_slg": Recipe(
         "SD3.5 Medium + Skip Layer Guidance", steps=50, cfg=4.0, skip_layers=_MEDIUM_LAYERS
@@ -36,7 +39,7 @@ RECIPES = {
     "sd3.5_large_depth": Recipe("SD3.5 Large + depth ControlNet", **_CONTROLNET),
     "sd3_medium": Recipe("SD3 Medium", steps=50, cfg=5.0, shift=1.0),
 }
-"""By key; `sd35_nano` is the model that comes with the pack."""
+"""By key; `sd35_nano` is the model that comes with the pack. With Skip Layer Guidance: `_slg`."""
 
 LAYER_PRESETS = {
     "sd3.5_medium": [["Stability AI's", "7, 8, 9"], ["none", ""]],

@@ -217,7 +217,7 @@ class _Canvas:
                 value = self._source(scope, slot["link"])
                 if value is not None:
                     inputs[slot["name"]] = value
-        self.graph[scope.prefix + key] = node_of(node["type"], inputs)
+        self.graph[scope.prefix + key] = node_of(node["type"], inputs, node.get("properties"))
 
     def _source(self, scope: _Scope, number: Any) -> Any:
         """What a link brings: [node, slot], or a widget's value from another node."""

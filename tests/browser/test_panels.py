@@ -107,7 +107,12 @@ def shot(page: Any, name: str) -> None:
 def test_a_recipe_fills_the_widgets_marks_changes_and_comes_back(page: Any) -> None:
     with_skip_layers(page)
     recipe = panel(page, SAMPLER).locator(".sd35-recipe")
-    assert recipe.inner_text() == "SD3.5 nano (comes with the pack)"
+    changed = panel(page, SAMPLER).locator(".sd35-changed")
+    assert recipe.inner_text() == "SD3.5 nano + Skip Layer Guidance"
+    assert changed.inner_text() == "changed: layers 7, 8, 9 (1)"
+    with answered(page):
+        panel(page, SAMPLER).locator(".sd35-restore").click()
+    assert widgets(page, SKIP)["layers"] == "1" and widgets(page, SKIP)["scale"] == 2.5
     choose(page, "SD3.5 Medium + Skip Layer Guidance")
     assert recipe.inner_text() == "SD3.5 Medium + Skip Layer Guidance"
     seen = widgets(page, SAMPLER)
@@ -115,7 +120,6 @@ def test_a_recipe_fills_the_widgets_marks_changes_and_comes_back(page: Any) -> N
     assert {name: seen[name] for name in wanted} == wanted
     layers = {"layers": "7, 8, 9", "scale": 2.5, "start": 0.01, "end": 0.2}
     assert {k: v for k, v in widgets(page, SKIP).items() if k in layers} == layers
-    changed = panel(page, SAMPLER).locator(".sd35-changed")
     assert changed.inner_text() == "as the recipe"
     set_widget(page, SAMPLER, "steps", 20)
     set_widget(page, SKIP, "scale", 1.5)
@@ -141,6 +145,7 @@ def test_the_list_of_recipes_takes_keys(page: Any) -> None:
     assert widgets(page, SAMPLER)["steps"] == 28
     recipe.press("Enter")
     page.keyboard.press("Home")
+    page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
     with answered(page):
         page.keyboard.press("Enter")

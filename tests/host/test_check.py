@@ -243,6 +243,24 @@ def test_the_canvas_gets_answers_about_the_open_workflow(server: hosts.Server) -
     }  # fmt: skip
 
 
+def test_one_click_fits_a_fresh_skip_layer_guidance_to_the_small_model(
+    server: hosts.Server, workflow: dict[str, Any]
+) -> None:
+    fresh = {"model": ["1", 0], "layers": "7, 8, 9", "scale": 2.5, "start": 0.01, "end": 0.2}
+    workflow["20"] = {"class_type": "SkipLayerGuidance", "inputs": fresh}
+    workflow["5"]["inputs"]["model"] = ["20", 0]
+    before = hosts.call(server.url, "/sd35/plan", workflow)
+    panel = before["5"]
+    assert "no layer 7" in before["20"]["error"] and panel["model_recipe"] == "sd35_nano_slg"
+    assert [c for c in panel["changed"] if c[0] == "20"] == [["20", "layers", "7, 8, 9", "1"]]
+    recipe = hosts.call(server.url, "/sd35/recipes")["sd35_nano_slg"]
+    workflow["20"]["inputs"].update(recipe["skip"])
+    workflow["5"]["inputs"].update(recipe["sampler"])
+    after = hosts.call(server.url, "/sd35/plan", workflow)
+    assert not after["20"]["error"] and not after["5"]["findings"] and not after["5"]["changed"]
+    assert workflow["20"]["inputs"]["scale"] == 2.5, "a recipe without it would turn it off"
+
+
 def test_the_canvas_gets_answers_about_a_workflow_of_megabytes(server: hosts.Server) -> None:
     node = {"id": 1, "type": "Note", "inputs": [], "widgets_values": ["x" * 2**20]}
     sampler = {"id": 2, "type": "SD35Sampler", "inputs": [], "widgets_values": []}
