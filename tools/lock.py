@@ -22,7 +22,7 @@ from tools import host
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
 """A set that fits together; left to itself PyPI gives torch and torchaudio for different CUDAs."""
 TEST_TOOLS = [
-    "pytest",
+    *("pytest", "pytest-xdist"),
     "ruff",
     "pyright[nodejs]",
     "playwright",

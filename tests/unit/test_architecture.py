@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "sd35_core"
-ALLOWED = {
+ROOMS = {
     "__init__": set(),
     "words": set(),
     "whole_file": {"words"},
@@ -64,14 +64,13 @@ ALLOWED = {
     "gguf_file": {"checkpoint", "errors", "limits"},
     "controlnet": {"checkpoint", "config", "errors", "layers", "limits", "mmditx"},
     "hints": {"controlnet", "errors"},
-    "autoencoder": {"errors", "latent", "layers"},
+    "autoencoder": set(),
     "text_encoder": {"checkpoint", "errors", "limits"},
     "dataset": {"autoencoder", "errors", "hints", "text_encoder"},
     "pipeline": {
         "autoencoder",
         "checkpoint",
         "controlnet",
-        "errors",
         "guidance",
         "latent",
         "mmditx",
@@ -92,7 +91,6 @@ ALLOWED = {
         "whole_file",
     },
     "training": {
-        "autoencoder",
         "checkpoint",
         "config",
         "controlnet",
@@ -110,38 +108,125 @@ ALLOWED = {
 HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server"}
 
 
-def imports(path: Path) -> tuple[set[str], set[str]]:
-    """(absolute top-level names, names of siblings) that a module imports anywhere."""
-    absolute: set[str] = set()
-    siblings: set[str] = set()
+def imports(path: Path) -> set[str]:
+    """Absolute dotted names that a module of this repository imports anywhere.
+
+    `from a import b` counts as a.b, whether b is a module or something in one.
+    """
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            absolute |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            absolute.add((node.module or "").split(".")[0])
-        elif isinstance(node, ast.ImportFrom) and node.level == 1:
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            siblings |= {name.split(".")[0] for name in names if name}
-    return absolute, siblings
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            whole = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {f"{whole}.{alias.name}" for alias in node.names}
+    return found
 
 
-@pytest.mark.parametrize("path", sorted(CORE.glob("*.py")), ids=lambda p: p.stem)
-def test_the_core_imports_no_host_and_only_downwards(path: Path) -> None:
-    absolute, siblings = imports(path)
-    assert not absolute & HOST
-    assert siblings <= ALLOWED[path.stem]
+def outside(path: Path) -> set[str]:
+    """Top-level names that a module imports."""
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def used(root: Path) -> dict[str, set[str]]:
+    """Module under a package, dotted -> those of the package's modules that it imports."""
+    files = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted(root.rglob("*.py"))
+    }
+    prefix = f"{root.relative_to(ROOT).as_posix().replace('/', '.')}."
+    found: dict[str, set[str]] = {}
+    for module, path in files.items():
+        names = {n.removeprefix(prefix) for n in imports(path) if f"{n}.".startswith(prefix)}
+        owners = {next((n for n in above(name) if n in files), name) for name in names}
+        found[module] = owners - {module}
+    return found
+
+
+def above(name: str) -> list[str]:
+    """a.b.c -> a.b.c, a.b, a."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def between_rooms(modules: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Room -> the other rooms that something in it imports."""
+    found: dict[str, set[str]] = {room(module): set() for module in modules}
+    for module, targets in modules.items():
+        found[room(module)] |= {room(target) for target in targets} - {room(module)}
+    return found
+
+
+def circle(modules: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a ring; none where each can be imported first."""
+    left = {module: set(targets) for module, targets in modules.items()}
+    while left:
+        free = [module for module, targets in left.items() if not targets & set(left)]
+        if not free:
+            return sorted(left)
+        for module in free:
+            del left[module]
+    return []
+
+
+def test_each_room_of_the_core_imports_what_the_drawing_says() -> None:
+    assert between_rooms(used(CORE)) == ROOMS
+
+
+def test_no_modules_of_the_core_import_each_other() -> None:
+    assert not circle(used(CORE))
+
+
+def test_the_core_imports_no_host() -> None:
+    for path in CORE.rglob("*.py"):
+        assert not outside(path) & HOST, path
+
+
+@pytest.mark.parametrize(
+    ("planted", "seen"),
+    [
+        ("from ...pipeline import draw", {"pipeline"}),
+        ("from ... import pipeline", {"pipeline"}),
+        ("import sd35_core.pipeline", {"pipeline"}),
+        ("from sd35_core import pipeline", {"pipeline"}),
+        ("def late():\n    from ..other import deep", {"other"}),
+        ("from .sibling import name", {"room.inner.sibling"}),
+        ("import torch", set()),
+    ],
+)
+def test_an_import_in_a_package_in_a_package_is_seen(
+    planted: str, seen: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    inner = tmp_path / "sd35_core" / "room" / "inner"
+    inner.mkdir(parents=True)
+    for name in ("__init__", "pipeline", "room/__init__", "room/other", "room/inner/sibling"):
+        (tmp_path / "sd35_core" / f"{name}.py").touch()
+    (inner / "planted.py").write_text(planted, encoding="utf-8")
+    found = used(tmp_path / "sd35_core")["room.inner.planted"]
+    assert found == {"room.other" if name == "other" else name for name in seen}
+
+
+def test_modules_in_a_ring_are_named() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()}) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nodes").glob("*.py")), ids=lambda p: p.stem)
 def test_nodes_reach_the_host_only_through_its_package(path: Path) -> None:
-    assert imports(path)[0] & HOST <= {"comfy_api"}
+    assert outside(path) & HOST <= {"comfy_api"}
 
 
 def test_the_pack_uses_no_pickle_eval_network_or_subprocess() -> None:
     banned = {"pickle", "subprocess", "socket", "urllib", "requests", "http", "ctypes", "marshal"}
     for folder in ("sd35_core", "nodes"):
         for path in (ROOT / folder).rglob("*.py"):
-            assert not imports(path)[0] & banned, path
+            assert not outside(path) & banned, path
             names = {
                 n.id
                 for n in ast.walk(ast.parse(path.read_text("utf-8")))
@@ -156,7 +241,7 @@ LENT = {"sd35_core", "sd35_core.whole_file", "sd35_core.words"}
 
 def test_the_automation_needs_no_host_torch_or_pack() -> None:
     for path in (ROOT / "automation").glob("*.py"):
-        assert not imports(path)[0] & {*HOST, "torch", "nodes", "tools"}, path
+        assert not outside(path) & {*HOST, "torch", "nodes", "tools"}, path
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = []
             if isinstance(node, ast.Import):
