@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -311,8 +312,23 @@ def int8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     rounded = (x / per_token).round().to(torch.int8)
     missing = max(INT8_ROWS - len(x), 0)
     rounded = F.pad(rounded, (0, 0, 0, missing)) if missing else rounded
-    product = torch._int_mm(rounded, codes.T)  # pyright: ignore[reportPrivateImportUsage]
+    if adds_exactly(x.device.type):
+        product = torch._int_mm(rounded, codes.T)  # pyright: ignore[reportPrivateImportUsage]
+    else:
+        product = rounded.float() @ codes.float().T
     return (product[: len(x)] * (per_token * scale.float().T)).to(x.dtype)
+
+
+@cache
+def adds_exactly(device: str) -> bool:
+    """Whether torch's int8 product is right on a kind of device.
+
+    On x86 processors without VNNI its sums of two products end at 32,767 (seen in torch 2.11 with
+    oneDNN 3.10: products of large values lose nearly all).
+    """
+    x = torch.full((INT8_ROWS, 64), 127, dtype=torch.int8, device=device)
+    seen = torch._int_mm(x, x.T)  # pyright: ignore[reportPrivateImportUsage]
+    return bool((seen == 64 * 127 * 127).all())
 
 
 def packed_under(state_dict: Mapping[str, Tensor], prefix: str) -> Packed:

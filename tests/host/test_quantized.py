@@ -12,7 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sd35_core.checkpoint import load
-from sd35_core.packing import FP8, INT8, RAW_FP8, VQ2, format_of, packed_under, unpack
+from sd35_core.packing import (
+    FP8,
+    INT8,
+    RAW_FP8,
+    VQ2,
+    adds_exactly,
+    format_of,
+    packed_under,
+    unpack,
+)
 from sd35_core.quantization import Plan, quantize_file
 
 from .conftest import Conds, difference
@@ -78,14 +87,15 @@ def test_8_bits_in_the_stock_loader_give_the_same_latents(
     name: str, most: float, comfy: SimpleNamespace, quantized: Any, models: Any, ksampler: Any,
     ours: Any,
 ) -> None:  # fmt: skip
-    """Of int8 the stock loader rounds the inputs as well, which cannot be switched off there."""
+    """Of int8 the stock loader rounds the inputs as well, which cannot be switched off there, and
+    on a processor without VNNI torch adds its products wrongly."""
     from comfy.quant_ops import QUANT_ALGOS
 
     if name == "int8" and INT8 not in QUANT_ALGOS:
         pytest.skip("this ComfyUI's own loader knows no int8")
     stock = comfy.sd.load_diffusion_model(str(quantized[name]))
     seen = ksampler(models(name)[0])
-    assert difference(seen, ksampler(stock)) < most
+    assert difference(seen, ksampler(stock)) < (most if adds_exactly("cpu") else 2 * most)
     assert 1e-5 < difference(seen, ksampler(ours)) < 0.5
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ from sd35_core.packing import (
 )
 from sd35_core.quantization import Plan, quantize_file, relative_error
 
+from ..conftest import PACK
 from .models import random_inputs, random_model, random_weights
 
 SMALL = MMDiTXConfig(
@@ -368,6 +370,23 @@ def test_a_name_that_is_taken_during_the_work_stays_with_who_took_it(model_file:
     with pytest.raises(CheckpointError, match="int8.safetensors' is there already and was not rep"):
         quantize_file(model_file, Plan(8), on_layer=taken)
     assert name.read_bytes() == b"mine"
+
+
+PRODUCT = """
+import torch
+from sd35_core.packing import int8_product
+x, codes = torch.ones(33, 512), torch.full((256, 512), 127, dtype=torch.int8)
+print(int8_product(x, codes, torch.full((256, 1), 1 / 127)).sub(512).abs().max().item())
+"""
+
+
+@pytest.mark.parametrize("instructions", ["DEFAULT", "AVX2", "AVX512_CORE"])
+def test_an_int8_product_is_right_without_instructions_for_it(instructions: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PRODUCT], cwd=PACK, check=True, capture_output=True,
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}, encoding="utf-8",
+    )  # fmt: skip
+    assert float(done.stdout) < 0.01
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 40])
