@@ -7,8 +7,8 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..sd35_core.errors import SettingError
-from ..sd35_core.preflight import findings, report
-from .host import preflight
+from ..sd35_core.workflow.check import findings, report
+from .host import facts
 from .host.files import hashed
 from .host.report import tell
 
@@ -56,7 +56,7 @@ class SD35Check(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
         """Changes with what the workflow after this node says, which is no input of it."""
-        setups = preflight.static(preflight.running_prompt(), cls.hidden.unique_id)
+        setups = facts.static(facts.running_prompt(), cls.hidden.unique_id)
         return hashed("\n".join(report(findings(setup)) for setup in setups))
 
     @classmethod
@@ -64,7 +64,7 @@ class SD35Check(io.ComfyNode):
         cls, model: Any, positive: Any, negative: Any, latent: Any, strict: str, vae: Any = None
     ) -> io.NodeOutput:
         node_id, prompt = cls.hidden.unique_id, cls.hidden.prompt or {}
-        found = preflight.said(prompt, node_id, model, positive, negative, latent, vae)
+        found = facts.said(prompt, node_id, model, positive, negative, latent, vae)
         text = report(found)
         tell(text, node_id)
         if any(finding.severity in STOPS[strict] for finding in found):

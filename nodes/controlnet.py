@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..sd35_core import hints
+from ..sd35_core.encoders import hints
 from ..sd35_core.errors import SettingError
 from .host import files
 from .host.controlnet import COMFYUI, STABILITY, Options, controlnet_from, from_loader

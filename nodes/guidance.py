@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..sd35_core.errors import SettingError
-from ..sd35_core.guidance import SkipLayers, parse_layers
+from ..sd35_core.sampling.guidance import SkipLayers, parse_layers
 from .host.guidance import depth_of, with_skip_layers
 
 KEEP, DROP = "keep", "drop"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..sd35_core.known_nodes import ALIAS
+from ..sd35_core.workflow.known_nodes import ALIAS
 from .host import files, loading, text
 from .host.memory import enough_memory
 from .host.report import tell

@@ -10,8 +10,9 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..sd35_core.errors import SettingError
-from ..sd35_core.packing import FP8, INT8, RAW_FP8
-from ..sd35_core.quantization import Plan, output_path, quantize_file
+from ..sd35_core.packing.formats import FP8, INT8, RAW_FP8
+from ..sd35_core.quantization.plan import Plan
+from ..sd35_core.quantization.quantize import output_path, quantize_file
 from .controlnet import SD35ControlNetApply
 from .host.calibration import calibration
 from .host.controlnet import SD35ControlNet, from_loader

@@ -6,7 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..sd35_core.sampling import SAMPLERS, SCHEDULES, sigmas
+from ..sd35_core.sampling.samplers import SAMPLERS
+from ..sd35_core.sampling.schedules import SCHEDULES, sigmas
 from .host import sampling
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..sd35_core.errors import SettingError
-from ..sd35_core.step_cache import PACES
+from ..sd35_core.sampling.step_cache import PACES
 from .host.guidance import depth_of
 from .host.step_cache import with_step_cache
 

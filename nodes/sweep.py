@@ -11,14 +11,14 @@ import torch
 from comfy_api.latest import io
 
 from ..sd35_core.errors import SettingError
-from ..sd35_core.guidance import SkipLayers, parse_layers
-from ..sd35_core.sampling import sigmas
+from ..sd35_core.sampling.guidance import SkipLayers, parse_layers
+from ..sd35_core.sampling.schedules import sigmas
 from .guidance import SkipLayerGuidance
 from .host import sampling
 from .host.guidance import depth_of, with_skip_layers
 from .host.report import progress, tell
-from .host.sheet import sheet
 from .sampler import SD35Sampler
+from .sheet import sheet
 
 LAYERS, SCALES = "layers", "scales"
 MOST_PICTURES = 64

@@ -10,15 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .autoencoder import TinyAutoencoder
-from .checkpoint import TensorFile, fill, load, under
-from .controlnet import ControlNetEmbedder
-from .guidance import SkipLayers, away_from_skipped, guided, step_of
-from .latent import CHANNELS, PIXELS, from_model
-from .mmditx import MMDiTX, Twin
-from .sampling import SAMPLERS, Denoise, sigmas
-from .step_cache import PACES, StepCache
-from .text_encoder import (
+from .checkpoint.layouts import under
+from .checkpoint.loading import fill, load
+from .checkpoint.tensor_file import TensorFile
+from .encoders.autoencoder import TinyAutoencoder
+from .encoders.text_encoder import (
     SAVED,
     ClipTextModel,
     Tokenize,
@@ -27,6 +23,13 @@ from .text_encoder import (
     joined,
     padded,
 )
+from .network.controlnet import ControlNetEmbedder
+from .network.latent import CHANNELS, PIXELS, from_model
+from .network.mmditx import MMDiTX, Twin
+from .sampling.guidance import SkipLayers, away_from_skipped, guided, step_of
+from .sampling.samplers import SAMPLERS, Denoise
+from .sampling.schedules import sigmas
+from .sampling.step_cache import PACES, StepCache
 
 BATCH = 16
 NO_SKIPPING = SkipLayers(frozenset(), 0, 0, 0)

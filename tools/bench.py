@@ -80,7 +80,7 @@ def growth() -> dict[str, list[Case]]:
 def config_of(case: Case) -> Any:
     from dataclasses import replace
 
-    from sd35_core.config import VARIANTS
+    from sd35_core.network.config import VARIANTS
 
     full = VARIANTS["sd3.5_medium" if case.family == "Medium" else "sd3.5_large"]
     if not case.depth:
@@ -162,8 +162,8 @@ def measure(case: Case, dtype: Any, device: Any, runs: int) -> dict[str, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder
-    from sd35_core.mmditx import MMDiTX
+    from sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
+    from sd35_core.network.mmditx import MMDiTX
     from tools.bench_peers import networks, with_controlnet, with_lora, with_skipped
 
     config = config_of(case)
@@ -214,9 +214,9 @@ def memory(case: Case, dtype: Any, device: Any, steps: int = 28) -> dict[str, An
     takes besides."""
     import torch
 
-    from sd35_core.checkpoint import write_file
-    from sd35_core.mmditx import MMDiTX
-    from sd35_core.modulation import ModulationCache
+    from sd35_core.checkpoint.tensor_file import write_file
+    from sd35_core.network.mmditx import MMDiTX
+    from sd35_core.network.modulation_cache import ModulationCache
     from tools.bench_peers import host_model
 
     config = config_of(case)
@@ -261,7 +261,7 @@ def gridded(config: Any, weights: dict[str, Any]) -> dict[str, Any]:
     """With the position table that real models have."""
     import torch
 
-    from sd35_core.layers import grid_positions
+    from sd35_core.network.layers import grid_positions
 
     places = torch.arange(config.pos_embed_max_size)
     table = grid_positions(places, places, config.hidden).to(weights["pos_embed"].dtype)

@@ -26,8 +26,9 @@ def blocks(device: Any) -> dict[str, Any]:
     """The block by format, with the same random weights."""
     import torch
 
-    from sd35_core.layers import JointBlock
-    from sd35_core.packing import FP8, INT8, VQ2, NativeOperations, PackedOperations, pack
+    from sd35_core.network.layers import JointBlock
+    from sd35_core.packing.formats import FP8, INT8, VQ2, pack
+    from sd35_core.packing.layers import NativeOperations, PackedOperations
 
     generator = torch.Generator().manual_seed(0)
     described = (HIDDEN, True)

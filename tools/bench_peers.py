@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd35_core.checkpoint import JOINED_IN_BLOCK, RENAMED, RENAMED_IN_BLOCK, StateDict
-from sd35_core.config import HEAD_WIDTH, MMDiTXConfig
-from sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder
+from sd35_core.checkpoint.layouts import JOINED_IN_BLOCK, RENAMED, RENAMED_IN_BLOCK
+from sd35_core.checkpoint.tensor_file import StateDict
+from sd35_core.network.config import HEAD_WIDTH, MMDiTXConfig
+from sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
 from tools import host
 
 DIFFUSERS = ["diffusers==0.42.1", "importlib_metadata==10.2.0", "zipp==4.1.2"]

@@ -186,7 +186,7 @@ def in_folder() -> Iterator[Path]:
 def config_of(family: str, small: bool) -> Any:
     from dataclasses import replace
 
-    from sd35_core.config import VARIANTS
+    from sd35_core.network.config import VARIANTS
 
     config = VARIANTS[f"sd3.5_{family.lower()}"]
     if not small:
@@ -207,7 +207,7 @@ def cases(family: str, small: bool) -> Iterator[Case]:
     )
     from sd35_pack.nodes.host import loading  # pyright: ignore[reportMissingImports]
 
-    from sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder
+    from sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
 
     config, pixels = config_of(family, small), 128 if small else 1024
     layers = "1, 2" if small else "7, 8, 9"
@@ -283,8 +283,8 @@ def cases(family: str, small: bool) -> Iterator[Case]:
 def write_model(path: Path, config: Any, form: str | None) -> None:
     import torch
 
-    from sd35_core.layers import grid_positions
-    from sd35_core.mmditx import MMDiTX
+    from sd35_core.network.layers import grid_positions
+    from sd35_core.network.mmditx import MMDiTX
 
     shapes = MMDiTX(config, device="meta").state_dict()
     places = torch.arange(config.pos_embed_max_size)
@@ -296,8 +296,8 @@ def write_random(path: Path, shapes: Any, form: str | None, known: Any = None) -
     """A file of random numbers; `form`: the blocks' matrices packed so, with random codes."""
     import torch
 
-    from sd35_core.checkpoint import write_file
-    from sd35_core.packing import pack
+    from sd35_core.checkpoint.tensor_file import write_file
+    from sd35_core.packing.formats import pack
 
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Any] = dict(known or {})
@@ -429,7 +429,8 @@ def needed() -> dict[str, str]:
 def pack(folder: Path, python: str, has: set[str]) -> int:
     """Write what a machine without a network needs, but for packages that it has. The wheels are
     for Linux on x86-64; of the small model only the VAE goes along."""
-    from sd35_core.checkpoint import TensorFile, keys_under, write_file
+    from sd35_core.checkpoint.layouts import keys_under
+    from sd35_core.checkpoint.tensor_file import TensorFile, write_file
 
     folder.mkdir(parents=True, exist_ok=True)
     with in_folder() as temporary:

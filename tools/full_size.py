@@ -25,9 +25,9 @@ def make(path: Path) -> None:
     """A checkpoint of SD3.5 Medium's shapes: small random weights, so that runs stay finite."""
     import torch
 
-    from sd35_core.checkpoint import write_file
-    from sd35_core.config import VARIANTS
-    from sd35_core.mmditx import MMDiTX
+    from sd35_core.checkpoint.tensor_file import write_file
+    from sd35_core.network.config import VARIANTS
+    from sd35_core.network.mmditx import MMDiTX
 
     generator = torch.Generator().manual_seed(0)
     model = MMDiTX(VARIANTS["sd3.5_medium"], device="meta")

@@ -24,13 +24,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sd35_core.checkpoint import checked_config
-from sd35_core.controlnet import ControlNetEmbedder, config_of
+from sd35_core.checkpoint.controlnet import config_of
+from sd35_core.checkpoint.loading import checked_config
 from sd35_core.errors import SD35Error
-from sd35_core.guidance import SkipLayers, away_from_skipped, guided, step_of
-from sd35_core.latent import from_model, to_model
-from sd35_core.mmditx import MMDiTX, Twin
-from sd35_core.sampling import SAMPLERS, sigmas
+from sd35_core.network.controlnet import ControlNetEmbedder
+from sd35_core.network.latent import from_model, to_model
+from sd35_core.network.mmditx import MMDiTX, Twin
+from sd35_core.sampling.guidance import SkipLayers, away_from_skipped, guided, step_of
+from sd35_core.sampling.samplers import SAMPLERS
+from sd35_core.sampling.schedules import sigmas
 
 Record = dict[str, Any]
 Tensors = dict[str, Tensor]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sd35_core.sampling import SCHEDULES, sigmas
+from sd35_core.sampling.schedules import SCHEDULES, sigmas
 from sd35_core.whole_file import write_text
 
 TARGET = Path(__file__).resolve().parent.parent / "web" / "docs" / "schedules.svg"

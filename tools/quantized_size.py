@@ -25,9 +25,9 @@ BITS = {"8 bit": (8, 8), "2 bit, adaLN at 8": (2, 8), "2 bit, adaLN at 2": (2, 2
 
 def networks() -> dict[str, Any]:
     """Name -> the network, without memory."""
-    from sd35_core.config import VARIANTS
-    from sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder
-    from sd35_core.mmditx import MMDiTX
+    from sd35_core.network.config import VARIANTS
+    from sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
+    from sd35_core.network.mmditx import MMDiTX
 
     return {
         "ControlNet 2b": ControlNetEmbedder(ControlNetConfig("2b", 12, 1536, 1536), device="meta"),
@@ -39,7 +39,8 @@ def networks() -> dict[str, Any]:
 
 def counted(network: Any, plan: Any) -> int:
     """Bytes of the weights, from shapes alone."""
-    from sd35_core.packing import ENTRIES, FP8, GROUP, INT8, VECTOR, VQ2
+    from sd35_core.packing.formats import FP8, INT8, VQ2
+    from sd35_core.packing.vectors import ENTRIES, GROUP, VECTOR
 
     total = 0
     for key, tensor in network.state_dict().items():
@@ -59,8 +60,8 @@ def counted(network: Any, plan: Any) -> int:
 def write(network: Any, path: Path) -> None:
     import torch
 
-    from sd35_core.checkpoint import write_file
-    from sd35_core.layers import grid_positions
+    from sd35_core.checkpoint.tensor_file import write_file
+    from sd35_core.network.layers import grid_positions
 
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -75,12 +76,15 @@ def write(network: Any, path: Path) -> None:
 
 def load(path: Path) -> int:
     """Load a file and print by how much that raised the peak of memory, over the file's size."""
-    from sd35_core import checkpoint, controlnet
+    from sd35_core.checkpoint.controlnet import load_controlnet
+    from sd35_core.checkpoint.layouts import is_controlnet
+    from sd35_core.checkpoint.loading import load
+    from sd35_core.checkpoint.tensor_file import TensorFile
     from tools.full_size import peak_gib
 
     before = peak_gib()
-    is_control = checkpoint.is_controlnet(checkpoint.TensorFile(path))
-    network = controlnet.load_controlnet(path) if is_control else checkpoint.load(path)
+    is_control = is_controlnet(TensorFile(path))
+    network = load_controlnet(path) if is_control else load(path)
     print(f"{(peak_gib() - before) * 2**30 / path.stat().st_size:.2f}")
     assert network is not None
     return 0
@@ -92,7 +96,8 @@ def main() -> int:
     found = host.find()
     if not host.started_again():
         return host.start_again(found.python, __file__)
-    from sd35_core.quantization import Plan, quantize_file
+    from sd35_core.quantization.plan import Plan
+    from sd35_core.quantization.quantize import quantize_file
 
     chosen = sys.argv[1:] or list(networks())
     with tempfile.TemporaryDirectory(prefix="sd35-quantized-") as folder:

@@ -16,9 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd35_core.errors import SettingError
-from sd35_core.preflight import Finding
-from sd35_core.workflow import LARGEST_FILE, SECONDS, Find, check, files_under
-from sd35_core.workflow_file import read
+from sd35_core.workflow.check import LARGEST_FILE, SECONDS, check, files_under
+from sd35_core.workflow.finding import Finding
+from sd35_core.workflow.reader import Find
+from sd35_core.workflow.workflow_file import read
 
 KINDS = (".json", ".png", ".webp")
 

@@ -243,7 +243,7 @@ def with_small_model(
 
     `text` replaces the prompt; its LoRA gives way to `lora`, or is left out.
     """
-    from sd35_core.recipes import RECIPES
+    from sd35_core.sampling.recipes import RECIPES
 
     recipe = RECIPES["sd35_nano"]
     steps = {k: getattr(recipe, k) for k in ("steps", "cfg", "shift", "sampler", "schedule")}

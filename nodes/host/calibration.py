@@ -8,10 +8,15 @@ from typing import Any
 import comfy.model_management
 import torch
 
-from ...sd35_core.calibration import Moments, moments_of, moments_of_controlnet, recorded
 from ...sd35_core.errors import SettingError
-from ...sd35_core.latent import CHANNELS, PIXELS
-from ...sd35_core.sampling import sigmas
+from ...sd35_core.network.latent import CHANNELS, PIXELS
+from ...sd35_core.quantization.calibration import (
+    Moments,
+    moments_of,
+    moments_of_controlnet,
+    recorded,
+)
+from ...sd35_core.sampling.schedules import sigmas
 from .network import HostMMDiTX
 from .sampling import sample
 

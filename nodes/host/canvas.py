@@ -9,10 +9,10 @@ from aiohttp import web
 from server import PromptServer
 
 from ...sd35_core.errors import SettingError, is_out_of_memory
-from ...sd35_core.graph import TooLargeError
-from ...sd35_core.panels import answer, recipe_values
-from ...sd35_core.recipes import RECIPES
-from .preflight import find
+from ...sd35_core.sampling.recipes import RECIPES
+from ...sd35_core.workflow.graph import TooLargeError
+from ...sd35_core.workflow.panels import answer, recipe_values
+from .facts import find
 
 ROUTE = "/sd35"
 LARGEST_BODY = 2_000_000

@@ -18,14 +18,15 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...sd35_core.checkpoint import weights_for
-from ...sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder, config_of, controlnet
+from ...sd35_core.checkpoint.controlnet import config_of, controlnet
+from ...sd35_core.checkpoint.loading import weights_for
+from ...sd35_core.encoders.hints import NEAR, Near, rgb, vae_input
 from ...sd35_core.errors import SettingError
-from ...sd35_core.hints import NEAR, Near, rgb, vae_input
-from ...sd35_core.latent import PIXELS
-from ...sd35_core.layers import grid_positions
-from ...sd35_core.mmditx import padded
-from ...sd35_core.packing import is_packed
+from ...sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
+from ...sd35_core.network.latent import PIXELS
+from ...sd35_core.network.layers import grid_positions
+from ...sd35_core.network.mmditx import padded
+from ...sd35_core.packing.formats import is_packed
 from . import packed, processor
 from .loading import ModelFile, by_the_host
 from .network import HostMMDiTX

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import folder_paths
 
-from ...sd35_core.checkpoint import is_later_piece, pieces_of
+from ...sd35_core.checkpoint.gguf_file import EXTENSION
+from ...sd35_core.checkpoint.tensor_file import is_later_piece, pieces_of
 from ...sd35_core.errors import CheckpointError
-from ...sd35_core.gguf_file import EXTENSION
 
 PACK_MODELS = Path(__file__).resolve().parents[2] / "models"
 PACK_CONTROLNETS = "controlnet"

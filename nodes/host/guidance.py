@@ -17,7 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...sd35_core.errors import SettingError
-from ...sd35_core.guidance import SkipLayers, away_from_skipped, step_of
+from ...sd35_core.sampling.guidance import SkipLayers, away_from_skipped, step_of
 from .network import SKIPPED, TWINS, HostMMDiTX, Options
 
 RECORDS = "sd35_skip_layer_records"

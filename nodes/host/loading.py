@@ -16,20 +16,13 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...sd35_core.checkpoint import (
-    StateDict,
-    TensorFile,
-    checked_config,
-    diffusion_model,
-    pieces_of,
-    shapes_of,
-    under,
-    with_axes,
-)
-from ...sd35_core.config import AXES, VARIANTS
+from ...sd35_core.checkpoint.gguf_file import EXTENSION, GGUFFile
+from ...sd35_core.checkpoint.layouts import diffusion_model, under
+from ...sd35_core.checkpoint.loading import checked_config, shapes_of, with_axes
+from ...sd35_core.checkpoint.tensor_file import StateDict, TensorFile, pieces_of
 from ...sd35_core.errors import CheckpointError, SD35Error, is_out_of_memory
-from ...sd35_core.gguf_file import EXTENSION, GGUFFile
 from ...sd35_core.limits import check_filled
+from ...sd35_core.network.config import AXES, VARIANTS
 from . import packed, resting
 from .network import SD35ModelConfig
 

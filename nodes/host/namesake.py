@@ -12,7 +12,7 @@ from server import PromptServer
 
 import nodes
 
-from ...sd35_core.known_nodes import ALIAS, LOADER, as_ours, is_theirs
+from ...sd35_core.workflow.known_nodes import ALIAS, LOADER, as_ours, is_theirs
 from .report import log
 
 

@@ -12,12 +12,12 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ...sd35_core.checkpoint import with_table
-from ...sd35_core.config import MMDiTXConfig
+from ...sd35_core.checkpoint.loading import with_table
 from ...sd35_core.errors import SettingError
-from ...sd35_core.layers import Attend, JointBlock
-from ...sd35_core.mmditx import MMDiTX, Twin
-from ...sd35_core.modulation import ModulationCache, most_values
+from ...sd35_core.network.config import MMDiTXConfig
+from ...sd35_core.network.layers import Attend, JointBlock
+from ...sd35_core.network.mmditx import MMDiTX, Twin
+from ...sd35_core.network.modulation_cache import ModulationCache, most_values
 from . import processor
 
 Options = dict[str, Any]

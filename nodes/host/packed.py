@@ -20,7 +20,7 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
 from ...sd35_core.errors import SettingError
-from ...sd35_core.packing import FORMATS, check_packed, format_named, packed_under, unpack
+from ...sd35_core.packing.formats import FORMATS, check_packed, format_named, packed_under, unpack
 from .resting import DynamicPatcher, RestingPatcher
 
 

@@ -14,7 +14,7 @@ from comfy.cli_args import args
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
-from ...sd35_core.layers import linear_gelu as plain_linear_gelu
+from ...sd35_core.network.layers import linear_gelu as plain_linear_gelu
 
 
 def attention() -> Any:

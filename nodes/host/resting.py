@@ -12,8 +12,8 @@ from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic, wipe_lowvram_
 from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
-from ...sd35_core.config import AXES
-from ...sd35_core.modulation import ModulationCache
+from ...sd35_core.network.config import AXES
+from ...sd35_core.network.modulation_cache import ModulationCache
 
 AUTO, ON, OFF = "auto", "on", "off"
 MODES = (AUTO, ON, OFF)

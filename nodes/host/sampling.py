@@ -14,8 +14,8 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ...sd35_core.errors import SettingError
-from ...sd35_core.latent import PIXELS
-from ...sd35_core.sampling import SAMPLERS
+from ...sd35_core.network.latent import PIXELS
+from ...sd35_core.sampling.samplers import SAMPLERS
 from .memory import enough_memory
 from .report import log
 

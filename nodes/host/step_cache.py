@@ -7,8 +7,8 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...sd35_core.guidance import step_of
-from ...sd35_core.step_cache import Pace, StepCache
+from ...sd35_core.sampling.guidance import step_of
+from ...sd35_core.sampling.step_cache import Pace, StepCache
 from .guidance import SKIPS
 from .network import Options
 from .report import tell

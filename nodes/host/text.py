@@ -14,15 +14,17 @@ import torch.nn.functional as F
 from comfy.text_encoders.sd3_clip import SD3ClipModel, SD3Tokenizer, t5_xxl_detect
 from torch import Tensor
 
-from ...sd35_core.checkpoint import StateDict, shapes_of, under
-from ...sd35_core.errors import CheckpointError, SettingError
-from ...sd35_core.limits import check_filled
-from ...sd35_core.text_encoder import (
+from ...sd35_core.checkpoint.layouts import under
+from ...sd35_core.checkpoint.loading import shapes_of
+from ...sd35_core.checkpoint.tensor_file import StateDict
+from ...sd35_core.encoders.text_encoder import (
     SAVED,
     check_encoder,
     encoder_configs,
     saved_description,
 )
+from ...sd35_core.errors import CheckpointError, SettingError
+from ...sd35_core.limits import check_filled
 from .loading import ModelFile, by_the_host, read
 
 CLIP_MARK = "text_model.final_layer_norm.weight"

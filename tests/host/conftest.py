@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd35_core.config import MMDiTXConfig
+from sd35_core.network.config import MMDiTXConfig
 from tools import host as hosts
 from tools.inprocess import import_pack
 

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from sd35_core.layers import grid_positions
-from sd35_core.step_cache import PACES
+from sd35_core.network.layers import grid_positions
+from sd35_core.sampling.step_cache import PACES
 
 from ..unit.models import TINY, random_inputs, random_model, random_weights
 from .conftest import SMALL, Conds, difference
@@ -360,7 +360,7 @@ WAITS = {
 def test_the_card_finds_what_the_cpu_does_not(
     fault: str, studio: Studio, card: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sd35_pack.sd35_core import layers, mmditx
+    from sd35_pack.sd35_core.network import layers, mmditx
 
     owner, name, careless = LEFT_ON_THE_CPU[fault](mmditx, layers)
     monkeypatch.setattr(owner, name, careless)
@@ -377,7 +377,7 @@ def test_the_card_finds_what_the_cpu_does_not(
 def test_a_wait_that_was_put_in_is_over_the_budget(
     fault: str, studio: Studio, card: Any, monkeypatch: pytest.MonkeyPatch, true_positions: Path
 ) -> None:
-    from sd35_pack.sd35_core import layers
+    from sd35_pack.sd35_core.network import layers
 
     finish = layers.Stream.finish
     monkeypatch.setattr(

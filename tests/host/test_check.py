@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sd35_core.workflow import about_tokens
+from sd35_core.workflow.reader import about_tokens
 from tools import host as hosts
 
 FEW = {"steps": 12, "seed": 77}

@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd35_core.checkpoint import load
-from sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder, load_controlnet
-from sd35_core.guidance import guided
-from sd35_core.hints import vae_input
-from sd35_core.latent import to_model
+from sd35_core.checkpoint.controlnet import load_controlnet
+from sd35_core.checkpoint.loading import load
+from sd35_core.encoders.hints import vae_input
+from sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
+from sd35_core.network.latent import to_model
 from sd35_core.pipeline import load_vae
-from sd35_core.sampling import dpmpp_2m, sigmas
+from sd35_core.sampling.guidance import guided
+from sd35_core.sampling.samplers import dpmpp_2m
+from sd35_core.sampling.schedules import sigmas
 from tools.parity import weight
 
 from ..conftest import NANO

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd35_core.packing import INT8
-from sd35_core.quantization import Plan, quantize_file
+from sd35_core.packing.formats import INT8
+from sd35_core.quantization.plan import Plan
+from sd35_core.quantization.quantize import quantize_file
 from tools import host as hosts
 
 from ..conftest import NANO

@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sd35_core.checkpoint import TensorFile, write_file
+from sd35_core.checkpoint.tensor_file import TensorFile, write_file
 from sd35_core.errors import CheckpointError
 from tools import host as hosts
 

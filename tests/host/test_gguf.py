@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sd35_core.checkpoint.gguf_file import GGUFFile
 from sd35_core.errors import CheckpointError
-from sd35_core.gguf_file import GGUFFile
 
 from .conftest import difference
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd35_core.packing import VQ2, pack
+from sd35_core.packing.formats import VQ2, pack
 
 from ..conftest import NANO
 from ..unit.models import random_weights

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd35_core import modulation as cache_module
+from sd35_core.network import modulation_cache
 
 from .conftest import Conds
 from .test_controlnet import controlled, files, picture, vae  # noqa: F401  (fixtures)
@@ -94,7 +94,7 @@ def test_what_is_trained_does_without_it(comfy: SimpleNamespace, small: Path, co
     """A training in the host goes through the same model; the modulations take part in it."""
     patcher = comfy.loading.load_model(str(small), "default", "on")
     model = patcher.model.to(torch.float32)
-    model.modulation_cache = cache_module.ModulationCache()
+    model.modulation_cache = modulation_cache.ModulationCache()
     ((context, extra),) = conds.positive
     x = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     network = model.diffusion_model.requires_grad_(True)
@@ -190,7 +190,7 @@ def test_a_saved_model_has_the_lora_and_the_whole_position_table(
 def test_a_table_of_columns_and_rows_takes_less_memory_and_is_saved_whole(
     comfy: SimpleNamespace, small: Path, tmp_path: Path, ksampler: Any
 ) -> None:
-    from sd35_core.layers import grid_positions
+    from sd35_core.network.layers import grid_positions
 
     tensors = load_file(small)
     key = "model.diffusion_model.pos_embed"

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from sd35_core.known_nodes import ALIAS, LOADER, as_ours
-from sd35_core.workflow import check
+from sd35_core.workflow.check import check
+from sd35_core.workflow.known_nodes import ALIAS, LOADER, as_ours
 from tools import browser as browsers
 from tools import chromium
 from tools import host as hosts

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sd35_core.checkpoint import TensorFile
+from sd35_core.checkpoint.tensor_file import TensorFile
 
 from ..conftest import NANO, PACK
 from .conftest import difference

@@ -11,18 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd35_core.checkpoint import load
-from sd35_core.packing import (
-    FP8,
-    INT8,
-    RAW_FP8,
-    VQ2,
-    adds_exactly,
-    format_of,
-    packed_under,
-    unpack,
-)
-from sd35_core.quantization import Plan, quantize_file
+from sd35_core.checkpoint.loading import load
+from sd35_core.packing.formats import FP8, INT8, RAW_FP8, VQ2, format_of, packed_under, unpack
+from sd35_core.packing.layers import adds_exactly
+from sd35_core.quantization.plan import Plan
+from sd35_core.quantization.quantize import quantize_file
 
 from .conftest import Conds, difference
 from .test_controlnet import KINDS, embedder_tensors

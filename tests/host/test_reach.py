@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from sd35_core.packing import INT8
-from sd35_core.quantization import Plan, quantize_file
+from sd35_core.packing.formats import INT8
+from sd35_core.quantization.plan import Plan
+from sd35_core.quantization.quantize import quantize_file
 from tools import host as hosts
 from tools import workflows
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sd35_core.config import MMDiTXConfig
+from sd35_core.network.config import MMDiTXConfig
 
 from ..unit.models import random_weights
 from .conftest import Conds, difference

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sd35_core.step_cache import Pace
+from sd35_core.sampling.step_cache import Pace
 
 from .conftest import Conds, difference
 from .test_model import count_calls

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sd35_core.text_encoder import clip_g, clip_l, padded
-from sd35_core.training import TrainingConfig
+from sd35_core.encoders.text_encoder import clip_g, clip_l, padded
+from sd35_core.training.config import TrainingConfig
 
 IMAGES = 8
 COLOURS = ["red", "green", "blue", "yellow", "purple", "white", "black", "orange"]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd35_core.config import MMDiTXConfig
-from sd35_core.mmditx import MMDiTX
+from sd35_core.network.config import MMDiTXConfig
+from sd35_core.network.mmditx import MMDiTX
 from tools.parity import weight
 
 TINY = MMDiTXConfig(

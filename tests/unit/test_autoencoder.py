@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sd35_core.autoencoder import TinyAutoencoder
+from sd35_core.encoders.autoencoder import TinyAutoencoder
 
 
 @pytest.fixture(scope="module")

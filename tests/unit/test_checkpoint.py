@@ -9,18 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd35_core.checkpoint import (
-    checked_config,
-    diffusion_model,
-    from_diffusers,
-    load,
-    read_file,
-    write_file,
-)
-from sd35_core.config import VARIANTS, config_from_shapes
+from sd35_core.checkpoint.layouts import diffusion_model, from_diffusers
+from sd35_core.checkpoint.loading import checked_config, load
+from sd35_core.checkpoint.tensor_file import read_file, write_file
 from sd35_core.errors import CheckpointError
-from sd35_core.headers import model_in
-from sd35_core.mmditx import MMDiTX
+from sd35_core.network.config import VARIANTS, config_from_shapes
+from sd35_core.network.mmditx import MMDiTX
+from sd35_core.workflow.headers import model_in
 
 from .models import TINY, random_inputs, random_model, random_weights
 

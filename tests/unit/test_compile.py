@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sd35_core.mmditx import Twin
-from sd35_core.modulation import ModulationCache
+from sd35_core.network.mmditx import Twin
+from sd35_core.network.modulation_cache import ModulationCache
 
 from .models import random_inputs, random_model
 

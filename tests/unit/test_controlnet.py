@@ -9,16 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd35_core.checkpoint import StateDict
-from sd35_core.controlnet import (
-    ControlNetConfig,
-    ControlNetEmbedder,
-    config_of,
-    controlnet,
-    load_controlnet,
-)
+from sd35_core.checkpoint.controlnet import config_of, controlnet, load_controlnet
+from sd35_core.checkpoint.tensor_file import StateDict
 from sd35_core.errors import CheckpointError
-from sd35_core.headers import control_in
+from sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
+from sd35_core.workflow.headers import control_in
 
 from .models import TINY, random_inputs, random_model
 

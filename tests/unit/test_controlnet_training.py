@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sd35_core import training
-from sd35_core.autoencoder import TinyAutoencoder
-from sd35_core.controlnet import load_controlnet
-from sd35_core.dataset import read_folder
+from sd35_core.checkpoint.controlnet import load_controlnet
+from sd35_core.encoders.autoencoder import TinyAutoencoder
 from sd35_core.errors import SettingError
-from sd35_core.training import Run, TrainingConfig, flow_loss
+from sd35_core.training.config import TrainingConfig, read_config
+from sd35_core.training.dataset import read_folder
+from sd35_core.training.objective import flow_loss
+from sd35_core.training.run import Run
 
 from .models import words_as_tokens
 
@@ -99,7 +100,7 @@ def test_settings_that_cannot_work_are_refused(more: str, words: str, tmp_path: 
     file = tmp_path / "control.toml"
     file.write_text(f"output = 'o'\nexamples = 'e'\n{more}", encoding="utf-8")
     with pytest.raises(SettingError, match=words):
-        training.read_config(file)
+        read_config(file)
 
 
 @pytest.mark.parametrize("kind", ["blur", "canny", "depth"])

@@ -15,11 +15,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sd35_core import checkpoint, training
-from sd35_core.autoencoder import TinyAutoencoder
-from sd35_core.dataset import read_folder, read_picture
+from sd35_core.checkpoint.loading import load
+from sd35_core.checkpoint.tensor_file import read_file
+from sd35_core.encoders.autoencoder import TinyAutoencoder
+from sd35_core.encoders.text_encoder import END, START, tokenizer
 from sd35_core.errors import SettingError
-from sd35_core.text_encoder import END, START, tokenizer
+from sd35_core.training.__main__ import main
+from sd35_core.training.config import read_config
+from sd35_core.training.dataset import read_folder, read_picture
+from sd35_core.training.run import Run
 
 from .models import words_as_tokens
 
@@ -109,21 +113,21 @@ def program(folder: Path, clip_files: Path) -> Path:
 
 
 def test_the_program_trains_on_a_folder_and_writes_a_checkpoint(program: Path) -> None:
-    assert training.main([str(program)]) == 0
+    assert main([str(program)]) == 0
     out = program.parent / "run"
     drawn = [Image.open(path).size for path in sorted((out / "samples").glob("*.png"))]
     assert drawn in ([(64, 32)] * 2, [(128, 32)] * 2), "two captions at steps 3 and 6"
-    tensors, metadata = checkpoint.read_file(out / "model.safetensors")
+    tensors, metadata = read_file(out / "model.safetensors")
     assert '"steps_trained": 6' in metadata["sd35_config"] and "MIT" in metadata["sd35_config"]
     assert all(tensor.dtype == torch.float16 for tensor in tensors.values())
     assert "first_stage_model.taesd_decoder.1.weight" in tensors
     assert "text_encoders.clip_g.transformer.text_projection.weight" in tensors
-    network = checkpoint.load(out / "model.safetensors").config
-    assert network == training.read_config(program).network
+    network = load(out / "model.safetensors").config
+    assert network == read_config(program).network
 
 
 def started(program: Path, before: str = "") -> subprocess.Popen[str]:
-    run = "import sys\nfrom sd35_core import training\nsys.exit(training.main(sys.argv[1:]))"
+    run = "import sys\nfrom sd35_core.training.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     return subprocess.Popen(
         [sys.executable, "-c", f"{before}\n{run}", str(program)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
@@ -143,7 +147,7 @@ def test_ctrl_c_finishes_the_step_and_saves(program: Path) -> None:
     os.kill(run.pid, signal.SIGINT)
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 0 and "stopped at step" in output, output
-    resumed = training.Run(training.read_config(program))
+    resumed = Run(read_config(program))
     resumed.resume()
     assert f"stopped at step {resumed.step} of 100000" in output
     assert (program.parent / "run" / "model.safetensors").exists()
@@ -152,7 +156,7 @@ def test_ctrl_c_finishes_the_step_and_saves(program: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
 def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(program: Path) -> None:
     """The system refuses to write more than 100 kB into one file, as a full disk would."""
-    assert training.main([str(program)]) == 0
+    assert main([str(program)]) == 0
     state = program.parent / "run" / "state.safetensors"
     before = state.read_bytes()
     text = program.read_text(encoding="utf-8").replace("steps = 6\n", "steps = 9\n")

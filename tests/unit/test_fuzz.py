@@ -20,25 +20,21 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
-from sd35_core import headers
-from sd35_core.checkpoint import (
-    DTYPES,
-    StateDict,
-    TensorFile,
-    checked_config,
-    diffusion_model,
-    load,
-    pieces_of,
-)
-from sd35_core.config import MMDiTXConfig
-from sd35_core.controlnet import load_controlnet
+from sd35_core.checkpoint.controlnet import load_controlnet
+from sd35_core.checkpoint.layouts import diffusion_model
+from sd35_core.checkpoint.loading import checked_config, load
+from sd35_core.checkpoint.tensor_file import DTYPES, StateDict, TensorFile, pieces_of
+from sd35_core.encoders.text_encoder import SIZES as ENCODER_SIZES
+from sd35_core.encoders.text_encoder import check_encoder, encoder_configs
 from sd35_core.limits import PIECES
-from sd35_core.packing import FORMATS, GROUP, VQ2
-from sd35_core.preflight import Model
-from sd35_core.quantization import Plan, quantized
-from sd35_core.text_encoder import SIZES as ENCODER_SIZES
-from sd35_core.text_encoder import check_encoder, encoder_configs
-from sd35_core.training import TrainingConfig, read_config
+from sd35_core.network.config import MMDiTXConfig
+from sd35_core.packing.formats import FORMATS, VQ2
+from sd35_core.packing.vectors import GROUP
+from sd35_core.quantization.plan import Plan
+from sd35_core.quantization.quantize import quantized
+from sd35_core.training.config import TrainingConfig, read_config
+from sd35_core.workflow import headers
+from sd35_core.workflow.setup import Model
 
 from ..fuzzing import JUNK, SIZES, WRITTEN, survives
 from .models import finish_gguf, random_inputs, random_model, random_weights
@@ -171,7 +167,7 @@ def sound_gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def test_gguf(tmp_path_factory: pytest.TempPathFactory, sound_gguf: bytes) -> None:
-    from sd35_core.gguf_file import GGUFFile
+    from sd35_core.checkpoint.gguf_file import GGUFFile
 
     path = tmp_path_factory.getbasetemp() / "fuzzed.gguf"
     path.write_bytes(sound_gguf)
@@ -351,7 +347,7 @@ def test_block_numbers(sound: list[StateDict], tmp_path_factory: pytest.TempPath
 
 def test_gguf_metadata(tmp_path_factory: pytest.TempPathFactory) -> None:
     gguf = pytest.importorskip("gguf", reason="gguf is optional; python tools/test.py gets it")
-    from sd35_core.gguf_file import SHAPE, GGUFFile
+    from sd35_core.checkpoint.gguf_file import SHAPE, GGUFFile
 
     path = tmp_path_factory.getbasetemp() / "metadata.gguf"
     types = gguf.GGUFValueType

@@ -13,9 +13,9 @@ pytest.importorskip("hypothesis", reason="hypothesis comes with python tools/tes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sd35_core.panels import answer
-from sd35_core.workflow import check, files_under
-from sd35_core.workflow_file import api_graph, read
+from sd35_core.workflow.check import check, files_under
+from sd35_core.workflow.panels import answer
+from sd35_core.workflow.workflow_file import api_graph, read
 
 from ..fuzzing import JUNK, TRICKS, WRITTEN, survives
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sd35_core.errors import SettingError
-from sd35_core.guidance import SkipLayers, away_from_skipped, guided, parse_layers, step_of
-from sd35_core.sampling import SCHEDULES, sigmas
+from sd35_core.sampling.guidance import SkipLayers, away_from_skipped, guided, parse_layers, step_of
+from sd35_core.sampling.schedules import SCHEDULES, sigmas
 
 OFFICIAL = SkipLayers(frozenset({7, 8, 9}), scale=2.5, start=0.01, end=0.20)
 

@@ -15,25 +15,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sd35_core import headers
-from sd35_core.checkpoint import (
-    StateDict,
-    TensorFile,
-    checked_config,
-    diffusion_model,
-    from_diffusers,
-    load,
-    shapes_of,
-)
-from sd35_core.config import MMDiTXConfig, Shape, config_from_shapes
-from sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder, controlnet, load_controlnet
+from sd35_core.checkpoint.controlnet import controlnet, load_controlnet
+from sd35_core.checkpoint.layouts import diffusion_model, from_diffusers
+from sd35_core.checkpoint.loading import checked_config, load, shapes_of
+from sd35_core.checkpoint.tensor_file import StateDict, TensorFile
+from sd35_core.encoders.text_encoder import ClipTextModel, clip_g, clip_l, encoder_configs
 from sd35_core.errors import CheckpointError, SD35Error
-from sd35_core.mmditx import MMDiTX
-from sd35_core.packing import FP8, INT8, VQ2, PackedLinear, pack
+from sd35_core.network.config import MMDiTXConfig, Shape, config_from_shapes
+from sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
+from sd35_core.network.mmditx import MMDiTX
+from sd35_core.packing.formats import FP8, INT8, VQ2, pack
+from sd35_core.packing.layers import PackedLinear
 from sd35_core.pipeline import load_encoders
-from sd35_core.preflight import Model
-from sd35_core.quantization import Plan, quantized
-from sd35_core.text_encoder import ClipTextModel, clip_g, clip_l, encoder_configs
+from sd35_core.quantization.plan import Plan
+from sd35_core.quantization.quantize import quantized
+from sd35_core.workflow import headers
+from sd35_core.workflow.setup import Model
 
 from .models import TINY, finish_gguf, random_inputs, random_weights
 from .test_checkpoint import to_diffusers
@@ -416,7 +413,7 @@ ORIGINAL = "comfy.gguf.orig_shape.pos_embed"
     ids=["number", "text", "texts", "product", "negative", "fractions", "switch"],
 )
 def test_a_gguf_shape_that_is_none_is_refused(about: Callable[[Any], Any], tmp_path: Path) -> None:
-    from sd35_core.gguf_file import GGUFFile
+    from sd35_core.checkpoint.gguf_file import GGUFFile
 
     path = gguf_file(tmp_path / "model.gguf", about)
     for read in (GGUFFile.shape, GGUFFile.__getitem__):
@@ -426,7 +423,7 @@ def test_a_gguf_shape_that_is_none_is_refused(about: Callable[[Any], Any], tmp_p
 
 
 def test_a_gguf_of_more_values_than_any_model_has_is_refused(tmp_path: Path) -> None:
-    from sd35_core.gguf_file import GGUFFile
+    from sd35_core.checkpoint.gguf_file import GGUFFile
 
     path = gguf_file(tmp_path / "m.gguf", lambda writer: writer.add_array("x", [1] * 250_000))
     with pytest.raises(CheckpointError, match="values in its header is 200,001; it can be 1 to"):
@@ -434,7 +431,7 @@ def test_a_gguf_of_more_values_than_any_model_has_is_refused(tmp_path: Path) -> 
 
 
 def test_a_gguf_of_a_block_without_end_is_refused(tmp_path: Path) -> None:
-    from sd35_core.gguf_file import GGUFFile
+    from sd35_core.checkpoint.gguf_file import GGUFFile
 
     def more(writer: Any) -> None:
         writer.add_tensor("joint_blocks.999999999.x", torch.zeros(1).numpy())

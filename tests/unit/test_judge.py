@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from sd35_core.autoencoder import TinyAutoencoder
+from sd35_core.encoders.autoencoder import TinyAutoencoder
 from sd35_core.pipeline import load_vae
 from tools.nano.judge import Verdict, delta_e, judge, lab
 from tools.nano.pictures import emoji_folder

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from sd35_core.errors import SettingError
-from sd35_core.preflight import SD3
-from sd35_core.workflow import check, files_under, setups
-from sd35_core.workflow_file import api_graph, read
+from sd35_core.workflow.check import check, files_under
+from sd35_core.workflow.reader import setups
+from sd35_core.workflow.setup import SD3
+from sd35_core.workflow.workflow_file import api_graph, read
 
 from ..conftest import PACK
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd35_core.errors import SettingError
-from sd35_core.layers import JointBlock
-from sd35_core.mmditx import MMDiTX, Twin
+from sd35_core.network.layers import JointBlock
+from sd35_core.network.mmditx import MMDiTX, Twin
 
 from .models import TINY, random_inputs, random_model
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sd35_core import modulation
-from sd35_core.mmditx import MMDiTX, Twin
-from sd35_core.modulation import ModulationCache
+from sd35_core.network import modulation_cache
+from sd35_core.network.mmditx import MMDiTX, Twin
+from sd35_core.network.modulation_cache import ModulationCache
 
 from .models import TINY, random_inputs, random_model
 
@@ -68,7 +68,7 @@ def test_all_pairs_are_computed_at_the_first_call() -> None:
 
 
 def test_a_long_run_keeps_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modulation, "MOST_ROWS", 32)
+    monkeypatch.setattr(modulation_cache, "MOST_ROWS", 32)
     network, cache = random_model(), ModulationCache()
     times = torch.linspace(1000, 1, 100)
     y = random_inputs(batch=2)[3]
@@ -90,7 +90,7 @@ def test_what_is_not_a_number_is_not_kept() -> None:
 
 
 def test_what_a_full_cache_takes_is_known_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modulation, "MOST_ROWS", 32)
+    monkeypatch.setattr(modulation_cache, "MOST_ROWS", 32)
     network, cache = random_model(), ModulationCache()
     times = torch.linspace(1000, 1, 31)
     y = random_inputs(batch=1)[3]
@@ -98,4 +98,4 @@ def test_what_a_full_cache_takes_is_known_beforehand(monkeypatch: pytest.MonkeyP
     assert cache.kept is not None and 28 <= len(cache.kept.c) <= 32
     kept = [cache.kept.c, cache.kept.final, *(t for pair in cache.kept.blocks for t in pair)]
     rows = len(cache.kept.c)
-    assert sum(t.numel() for t in kept) == modulation.most_values(network) * rows // 32
+    assert sum(t.numel() for t in kept) == modulation_cache.most_values(network) * rows // 32

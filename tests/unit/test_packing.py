@@ -16,24 +16,20 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd35_core import packing, quantization
-from sd35_core.calibration import TOKENS, gathered, moments_of, recorded
-from sd35_core.checkpoint import TensorFile, load
-from sd35_core.config import MMDiTXConfig
-from sd35_core.controlnet import ControlNetConfig, ControlNetEmbedder, load_controlnet
+from sd35_core.checkpoint.controlnet import load_controlnet
+from sd35_core.checkpoint.loading import load
+from sd35_core.checkpoint.tensor_file import TensorFile
 from sd35_core.errors import CheckpointError, SettingError
-from sd35_core.layers import grid_positions, split_axes
-from sd35_core.packing import (
-    FP8,
-    INT8,
-    VQ2,
-    NativeLinear,
-    PackedLinear,
-    int8_product,
-    pack,
-    unpack,
-)
-from sd35_core.quantization import Plan, quantize_file, relative_error
+from sd35_core.network.config import MMDiTXConfig
+from sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
+from sd35_core.network.layers import grid_positions, split_axes
+from sd35_core.packing.formats import FORMATS, FP8, INT8, VQ2, pack, unpack
+from sd35_core.packing.layers import NativeLinear, PackedLinear, int8_product
+from sd35_core.quantization import quantize
+from sd35_core.quantization.__main__ import main
+from sd35_core.quantization.calibration import TOKENS, gathered, moments_of, recorded
+from sd35_core.quantization.plan import Plan
+from sd35_core.quantization.quantize import quantize_file, relative_error
 
 from ..conftest import PACK
 from .models import random_inputs, random_model, random_weights
@@ -109,7 +105,7 @@ def test_gptq_equals_nearest_entries_where_inputs_are_independent(weight: Tensor
 
 def test_rows_of_zeros_stay_zero(weight: Tensor) -> None:
     weight[3] = 0
-    for form in packing.FORMATS:
+    for form in FORMATS:
         assert unpack(pack(weight, form), form, torch.float32)[3].abs().max() < 1e-6
 
 
@@ -118,7 +114,7 @@ def test_a_width_that_does_not_fit_is_refused() -> None:
         pack(torch.randn(64, 192), VQ2)
 
 
-@pytest.mark.parametrize("form", packing.FORMATS)
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_packed_layer_is_a_linear_layer_with_its_weight(
     form: str, bias: bool, weight: Tensor
@@ -283,10 +279,10 @@ def test_the_command_line_writes_beside_the_file(
     model_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "sd35")
-    assert quantization.main([str(model_file), "--bits", "2"]) == 0
+    assert main([str(model_file), "--bits", "2"]) == 0
     assert (model_file.parent / "model_2bit_adaln8_datafree.safetensors").is_file()
     assert "2 bits (without calibration)" in caplog.text
-    assert quantization.main([str(model_file.with_name("gone.safetensors"))]) == 1
+    assert main([str(model_file.with_name("gone.safetensors"))]) == 1
     assert "gone.safetensors" in caplog.text
     assert load_file(model_file)
 
@@ -351,14 +347,14 @@ def test_a_name_that_was_asked_for_is_refused_before_the_work(
     out = model_file.with_name("mine.safetensors")
     out.write_bytes(b"mine")
     with monkeypatch.context() as patch:
-        patch.delattr(quantization, "quantized")
-        assert quantization.main([str(model_file), "--out", str(out)]) == 1
-        assert quantization.main([str(model_file), "--out", str(model_file)]) == 1
+        patch.delattr(quantize, "quantized")
+        assert main([str(model_file), "--out", str(out)]) == 1
+        assert main([str(model_file), "--out", str(model_file)]) == 1
     assert "mine.safetensors' is there already and was not written by SD3.5 Q" in caplog.text
     assert "Choose another name, or move that file away" in caplog.text
     assert out.read_bytes() == b"mine"
     for _ in range(2):
-        assert quantization.main([str(model_file), "--out", str(out.with_name("new"))]) == 0
+        assert main([str(model_file), "--out", str(out.with_name("new"))]) == 0
 
 
 def test_a_name_that_is_taken_during_the_work_stays_with_who_took_it(model_file: Path) -> None:
@@ -374,7 +370,7 @@ def test_a_name_that_is_taken_during_the_work_stays_with_who_took_it(model_file:
 
 PRODUCT = """
 import torch
-from sd35_core.packing import int8_product
+from sd35_core.packing.layers import int8_product
 x, codes = torch.ones(33, 512), torch.full((256, 512), 127, dtype=torch.int8)
 print(int8_product(x, codes, torch.full((256, 1), 1 / 127)).sub(512).abs().max().item())
 """

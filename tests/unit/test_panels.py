@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from sd35_core.errors import SettingError
-from sd35_core.graph import LARGEST_NUMBER, LONGEST_TEXT, TooLargeError, bounded
-from sd35_core.panels import LARGEST_ANSWER, answer
-from sd35_core.sampling import MOST_STEPS, sigmas
-from sd35_core.workflow import main
+from sd35_core.sampling.schedules import MOST_STEPS, sigmas
+from sd35_core.workflow.__main__ import main
+from sd35_core.workflow.graph import LARGEST_NUMBER, LONGEST_TEXT, TooLargeError, bounded
+from sd35_core.workflow.panels import LARGEST_ANSWER, answer
 
 from ..conftest import PACK
 from .hostile_plans import HOSTILE, sampler

@@ -13,16 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sd35_core.preflight import Latent, Model, Prompt, Setup, findings
-from sd35_core.workflow import (
-    about_tokens,
-    check,
-    files_under,
-    leading_to,
-    main,
-    setups,
-)
-from sd35_core.workflow_file import api_graph
+from sd35_core.workflow.__main__ import main
+from sd35_core.workflow.check import check, files_under, findings
+from sd35_core.workflow.links import leading_to
+from sd35_core.workflow.reader import about_tokens, setups
+from sd35_core.workflow.setup import Latent, Model, Prompt, Setup
+from sd35_core.workflow.workflow_file import api_graph
 
 from ..conftest import PACK
 

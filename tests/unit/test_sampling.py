@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sd35_core.errors import SettingError
-from sd35_core.sampling import SAMPLERS, SCHEDULES, shifted, sigmas
+from sd35_core.sampling.samplers import SAMPLERS
+from sd35_core.sampling.schedules import SCHEDULES, shifted, sigmas
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

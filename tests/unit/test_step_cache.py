@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from sd35_core.step_cache import Pace, StepCache
+from sd35_core.sampling.step_cache import Pace, StepCache
 
 STEPS = 20
 SIGMAS = torch.linspace(1, 0, STEPS + 1)[:-1].tolist()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sd35_core.text_encoder import (
+from sd35_core.encoders.text_encoder import (
     END,
     LENGTH,
     START,

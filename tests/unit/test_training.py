@@ -10,18 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sd35_core import training
 from sd35_core.errors import CheckpointError, SettingError
-from sd35_core.layers import grid_positions
-from sd35_core.training import (
-    Run,
-    Trained,
-    TrainingConfig,
-    crops,
-    draw_timesteps,
-    flow_loss,
-    read_config,
-)
+from sd35_core.network.layers import grid_positions
+from sd35_core.training.__main__ import main
+from sd35_core.training.config import TrainingConfig, read_config
+from sd35_core.training.objective import crops, draw_timesteps, flow_loss
+from sd35_core.training.run import Run
+from sd35_core.training.trained import Trained
 
 
 def test_the_loss_on_fixed_noise_is_the_one_computed_by_hand() -> None:
@@ -182,7 +177,7 @@ def test_a_configuration_that_cannot_work_is_refused(text: str, words: str, tmp_
     file.write_text(text, encoding="utf-8")
     with pytest.raises(SettingError, match=words):
         read_config(file)
-    assert training.main([str(file)]) == 1
+    assert main([str(file)]) == 1
 
 
 def test_paths_are_relative_to_the_configuration(tmp_path: Path) -> None:

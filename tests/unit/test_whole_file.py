@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from sd35_core import whole_file
-from sd35_core.checkpoint import read_file, write_file
+from sd35_core.checkpoint.tensor_file import read_file, write_file
 from sd35_core.errors import CheckpointError
 from sd35_core.whole_file import (
     WriteError,

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
-from sd35_core import workflow_file
 from sd35_core.errors import SettingError
-from sd35_core.graph import Budget, TooLargeError
-from sd35_core.preflight import Model
-from sd35_core.workflow import check, files_under, main, setups
-from sd35_core.workflow_file import api_graph, read
+from sd35_core.workflow import workflow_file
+from sd35_core.workflow.__main__ import main
+from sd35_core.workflow.check import check, files_under
+from sd35_core.workflow.graph import Budget, TooLargeError
+from sd35_core.workflow.reader import setups
+from sd35_core.workflow.setup import Model
+from sd35_core.workflow.workflow_file import api_graph, read
 
 Node = dict[str, Any]
 UNNAMED = [7, "randomize", 30, 4.5, "euler", "simple", 1.0]

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sd35_core import latent
-from sd35_core.autoencoder import TinyAutoencoder
-from sd35_core.checkpoint import write_file
+from sd35_core.checkpoint.tensor_file import write_file
+from sd35_core.encoders.autoencoder import TinyAutoencoder
+from sd35_core.network import latent
 
 from .pictures import nano_folder
 from .prepare import pictures_of

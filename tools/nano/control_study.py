@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 from tqdm import tqdm
 
-from sd35_core.controlnet import CONTROL_TYPES, load_controlnet
-from sd35_core.dataset import encoded_hint
-from sd35_core.hints import CANNY_THRESHOLDS, edges
-from sd35_core.latent import to_model
+from sd35_core.checkpoint.controlnet import load_controlnet
+from sd35_core.encoders.hints import CANNY_THRESHOLDS, edges
+from sd35_core.network.controlnet import CONTROL_TYPES
+from sd35_core.network.latent import to_model
 from sd35_core.pipeline import Pipeline, Settings
+from sd35_core.training.dataset import encoded_hint
 from sd35_core.whole_file import write_picture, write_text
 
 from .pictures import emoji_folder

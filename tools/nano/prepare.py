@@ -12,12 +12,12 @@ import numpy
 import torch
 from torch import Tensor
 
-from sd35_core.checkpoint import write_file
-from sd35_core.controlnet import CONTROL_TYPES
-from sd35_core.dataset import Size, encoded, encoded_hint, tokens_of
-from sd35_core.hints import made_hint, vae_input
+from sd35_core.checkpoint.tensor_file import write_file
+from sd35_core.encoders.hints import made_hint, vae_input
+from sd35_core.encoders.text_encoder import Tokenize, tokenizer
+from sd35_core.network.controlnet import CONTROL_TYPES
 from sd35_core.pipeline import load_vae
-from sd35_core.text_encoder import Tokenize, tokenizer
+from sd35_core.training.dataset import Size, encoded, encoded_hint, tokens_of
 from tools import host
 
 from .pictures import emoji_folder, nano_folder

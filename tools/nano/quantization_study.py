@@ -21,14 +21,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from sd35_core.calibration import Moments, moments_of, moments_of_controlnet, recorded
-from sd35_core.checkpoint import TensorFile, diffusion_model, load
-from sd35_core.controlnet import CONTROL_TYPES, load_controlnet
-from sd35_core.dataset import encoded_hint
-from sd35_core.latent import to_model
-from sd35_core.packing import FP8, INT8, VQ2, pack, unpack
+from sd35_core.checkpoint.controlnet import load_controlnet
+from sd35_core.checkpoint.layouts import diffusion_model
+from sd35_core.checkpoint.loading import load
+from sd35_core.checkpoint.tensor_file import TensorFile
+from sd35_core.network.controlnet import CONTROL_TYPES
+from sd35_core.network.latent import to_model
+from sd35_core.packing.formats import FP8, INT8, VQ2, pack, unpack
 from sd35_core.pipeline import Pipeline
-from sd35_core.quantization import Plan, output_path, quantize_file, relative_error
+from sd35_core.quantization.calibration import Moments, moments_of, moments_of_controlnet, recorded
+from sd35_core.quantization.plan import Plan
+from sd35_core.quantization.quantize import output_path, quantize_file, relative_error
+from sd35_core.training.dataset import encoded_hint
 from sd35_core.whole_file import write_picture, write_text
 
 from .blocks import Q2_K_BITS, Q8_0_BITS, q2_k, q8_0

@@ -13,10 +13,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from sd35_core.errors import SD35Error
-from sd35_core.guidance import SkipLayers, parse_layers
 from sd35_core.pipeline import Pipeline, Settings
-from sd35_core.sampling import SAMPLERS, SCHEDULES
-from sd35_core.step_cache import PACES
+from sd35_core.sampling.guidance import SkipLayers, parse_layers
+from sd35_core.sampling.samplers import SAMPLERS
+from sd35_core.sampling.schedules import SCHEDULES
+from sd35_core.sampling.step_cache import PACES
 from sd35_core.whole_file import write_picture
 
 from .judge import Verdict, judge

@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from sd35_core.guidance import SkipLayers
 from sd35_core.pipeline import BATCH, Pipeline, Settings
-from sd35_core.step_cache import PACES
+from sd35_core.sampling.guidance import SkipLayers
+from sd35_core.sampling.step_cache import PACES
 from sd35_core.whole_file import write_text
 
 from .control_study import FOLDER, Scenes, figures

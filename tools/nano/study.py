@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
-from sd35_core.guidance import SkipLayers
 from sd35_core.pipeline import Pipeline, Settings
-from sd35_core.sampling import SAMPLERS, SCHEDULES
+from sd35_core.sampling.guidance import SkipLayers
+from sd35_core.sampling.samplers import SAMPLERS
+from sd35_core.sampling.schedules import SCHEDULES
 from sd35_core.whole_file import write_picture, write_text
 from tools.plot_schedules import COLOURS, text
 

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sd35_core.checkpoint import write_file
-from sd35_core.dataset import tokens_of
-from sd35_core.text_encoder import ClipTextModel, Tokenize, clip_g, clip_l
+from sd35_core.checkpoint.tensor_file import write_file
+from sd35_core.encoders.text_encoder import ClipTextModel, Tokenize, clip_g, clip_l
+from sd35_core.training.dataset import tokens_of
 
 from .pictures import emoji_folder, nano_folder
 from .prepare import clip_tokenizer

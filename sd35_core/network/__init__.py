@@ -1,0 +1,1 @@
+"""MMDiT-X and its ControlNets, as tensors in and tensors out."""

@@ -1,0 +1,178 @@
+"""Packed weights, 8 or 2 bits each: how a layer lies in a file, and how it runs.
+
+A packed Linear has, in place of its `weight`, codes under that name, scales under `weight_scale`
+and a `comfy_quant` entry, a JSON text as bytes, that names the format:
+
+- `int8_tensorwise`: int8, one scale for each output row (ComfyUI's own format);
+- `float8_e4m3fn`: fp8, one scale for the layer (ComfyUI's own format);
+- `sd35_vq2`: four weights in a byte, which counts an entry of the layer's `weight_codebook`
+  (256, 4); one scale for 128 weights of a row. 2.13 bits a weight. Chosen with the activations
+  of the layer (GPTQ, Frantar et al. 2022, arXiv:2210.17323; over vectors, van Baalen et al. 2024,
+  arXiv:2402.15319), or with none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..limits import COMFY_QUANT, bounded
+from .vectors import ENTRIES, GROUP, VECTOR, Packed, pack_vectors, vectors
+
+INT8, FP8, VQ2 = "int8_tensorwise", "float8_e4m3fn", "sd35_vq2"
+CODES = {
+    INT8: (torch.int8,),
+    FP8: (torch.float8_e4m3fn, torch.float8_e5m2),
+    VQ2: (torch.uint8,),
+}
+"""Format -> what a layer's `weight` can hold; ComfyUI's older files call both fp8 the same."""
+FORMATS = tuple(CODES)
+RAW_FP8 = "raw fp8"
+"""Weights cast to fp8, without scales and without a `comfy_quant` entry: for every loader."""
+VERSION = 1
+"""Of sd35_vq2; a file of a newer one is refused."""
+
+
+def pack(weight: Tensor, form: str, moments: Tensor | None = None) -> Packed:
+    """A weight (out, in) in a format.
+
+    moments: the layer's mean of x x^T, (in, in), for sd35_vq2; without, each vector of four
+    weights takes its nearest entry. Raises SettingError when the width does not fit the groups.
+    """
+    if form == RAW_FP8:
+        return {"weight": weight.to(torch.float8_e4m3fn)}
+    weight = weight.float()
+    config: dict[str, Any] = {"format": form}
+    if form == INT8:
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+        codes = (weight / scale).round().clamp(-127, 127).to(torch.int8)
+        packed = {"weight": codes, "weight_scale": scale}
+    elif form == FP8:
+        scale = weight.abs().amax().clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+        packed = {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+        config["full_precision_matrix_mult"] = True
+    else:
+        packed = pack_vectors(weight, moments)
+        config |= {"version": VERSION, "group_size": GROUP}
+    text = json.dumps(config).encode()
+    return {**packed, "comfy_quant": torch.tensor(list(text), dtype=torch.uint8)}
+
+
+def unpack(packed: Mapping[str, Tensor], form: str, dtype: torch.dtype) -> Tensor:
+    """The weight (out, in) that a layer's codes stand for, in `dtype`."""
+    if form == RAW_FP8:
+        return packed["weight"].to(dtype)
+    codes, scale = packed["weight"], packed["weight_scale"]
+    if form != VQ2:
+        return codes.to(dtype) * scale.to(dtype)
+    return vectors(codes, scale, packed["weight_codebook"], dtype)
+
+
+def format_of(packed: Mapping[str, Tensor], name: str) -> str:
+    """The format that a layer's `comfy_quant` names. Raises CheckpointError for an unknown one."""
+    form, config = format_named(packed, name)
+    version, group = config.get("version", VERSION), config.get("group_size", GROUP)
+    whole = type(version) is int and 1 <= version <= VERSION
+    if form not in FORMATS or not whole:
+        raise CheckpointError(
+            f"The layer '{name}' is packed as {form}, version {version}. Known here are "
+            f"{', '.join(FORMATS)} up to version {VERSION}; update the pack, and ComfyUI."
+        )
+    if form == VQ2 and group != GROUP:
+        raise CheckpointError(
+            f"The layer '{name}' is packed with a scale for {group} weights, known here is one "
+            f"for {GROUP}. Update the pack, or quantize the original again."
+        )
+    return form
+
+
+def format_named(packed: Mapping[str, Tensor], name: str) -> tuple[str, dict[str, Any]]:
+    """Format that a layer's `comfy_quant` names, known here or not, and all that it says.
+
+    Raises CheckpointError when it is damaged.
+    """
+    entry = packed["comfy_quant"]
+    try:
+        if entry.dtype != torch.uint8 or entry.ndim != 1:
+            raise ValueError(f"a text of {entry.dtype} with {entry.ndim} dimensions")
+        bounded(COMFY_QUANT, entry.numel(), f"The layer '{name}'")
+        config = json.loads(bytes(entry.tolist()))
+        if not isinstance(config, dict) or not isinstance(config.get("format"), str):
+            raise ValueError("it names no format")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"The layer '{name}' does not say how it is packed ({error}). Quantize the original "
+            "file again."
+        ) from error
+    inner = config.get("params")
+    turned = config.get("convrot", isinstance(inner, dict) and inner.get("convrot"))
+    return config["format"] + (" with convrot" if turned else ""), config
+
+
+def packed_under(state_dict: Mapping[str, Tensor], prefix: str) -> Packed:
+    """The entries of a packed layer, by suffix; empty when it is not packed."""
+    if prefix + "comfy_quant" not in state_dict:
+        return {}
+    names = ("weight", "weight_scale", "weight_codebook", "comfy_quant")
+    return {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+
+
+def packed_layers(keys: Iterable[str]) -> set[str]:
+    """The layers that are packed, by this pack or by ComfyUI."""
+    mark = ".comfy_quant"
+    return {key.removesuffix(mark) for key in keys if key.endswith(mark)}
+
+
+def is_packed(state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether any layer is packed."""
+    return bool(packed_layers(state_dict))
+
+
+def check_packed(packed: Packed, shape: tuple[int, int], name: str) -> str:
+    """The format of a layer, once its entries make a weight of `shape`, of finite numbers.
+
+    Raises CheckpointError.
+    """
+    form = format_of(packed, name)
+
+    def damaged(what: str) -> CheckpointError:
+        return CheckpointError(
+            f"The packed layer '{name}' ({form}) has {what}. The file is damaged; quantize the "
+            "original again."
+        )
+
+    rows, columns = shape
+    wanted: dict[str, tuple[int, ...]] = {"weight": shape, "weight_scale": ()}
+    if form == INT8:
+        wanted["weight_scale"] = (rows, 1)
+    elif form == VQ2:
+        if columns % GROUP:
+            raise damaged(f"{columns} inputs, expected a multiple of {GROUP}")
+        wanted = {
+            "weight": (rows, columns // VECTOR),
+            "weight_scale": (rows, columns // GROUP),
+            "weight_codebook": (ENTRIES, VECTOR),
+        }
+    for suffix, expected in wanted.items():
+        tensor = packed.get(suffix)
+        if tensor is None:
+            raise damaged(f"{suffix} missing, expected one of shape {list(expected)}")
+        seen = tuple(tensor.shape)
+        for_all = form != VQ2 and suffix == "weight_scale" and seen in ((), (1,))
+        if seen != expected and not for_all:
+            raise damaged(f"{suffix} of shape {list(seen)}, expected {list(expected)}")
+        if suffix == "weight":
+            if tensor.dtype not in CODES[form]:
+                raise damaged(f"codes of {tensor.dtype}, expected {CODES[form][0]}")
+            continue
+        values = "scales" if suffix == "weight_scale" else "codebook entries"
+        if not tensor.dtype.is_floating_point:
+            raise damaged(f"{values} of {tensor.dtype}, expected floating-point numbers")
+        if not torch.isfinite(tensor.float()).all():
+            raise damaged(f"{values} that are NaN or infinite")
+    return form

@@ -1,0 +1,1 @@
+"""Models made smaller: `python -m sd35_core.quantization`."""

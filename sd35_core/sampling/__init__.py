@@ -1,0 +1,1 @@
+"""Schedules, samplers, guidance, and the settings that each model was made for."""

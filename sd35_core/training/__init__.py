@@ -1,0 +1,1 @@
+"""Small models trained from pictures with captions: `python -m sd35_core.training`."""

@@ -1,0 +1,189 @@
+"""What a training is to do: its keys, read from TOML and checked."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.tensor_file import metadata_of
+from ..errors import SettingError
+from ..network.config import MMDiTXConfig
+from ..network.controlnet import CONTROL_TYPES
+from .dataset import Size
+
+TO_BE_TRAINED = "what is to be trained"
+STATE, MODEL, SAMPLES = "state.safetensors", "model.safetensors", "samples"
+"""What is in a run's folder."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What a TOML file may say; paths are relative to it."""
+
+    output: str
+    """The folder to write to."""
+    images: str = ""
+    """A folder of pictures, each with its caption in a .txt file of the same name."""
+    examples: tuple[str, ...] = ()
+    """Instead of `images`: safetensors files of latents and token ids, one size each."""
+    sizes: tuple[Size, ...] = ((128, 128),)
+    """The sizes, (width, height) in pixels, to which `images` are brought."""
+    vae: str = ""
+    """A file with a VAE in TAESD's layout, alone or in a checkpoint; `images` need it."""
+    tokenizer: str = ""
+    """A folder with CLIP's vocab.json and merges.txt; `images` and `samples` need it."""
+    text_encoders: str = ""
+    """A checkpoint whose text encoders are used as they are; without it they are trained along."""
+    start: str = ""
+    """A checkpoint whose diffusion model is trained further."""
+    depth: int = 4
+    dual_blocks: int = 2
+    pos_embed_max_size: int = 32
+    context_dim: int = 4096
+    clip_l: tuple[int, int, int] = (48, 3, 3)
+    clip_g: tuple[int, int, int] = (64, 4, 3)
+    """Width, heads and layers of the text encoders that are trained along."""
+    controlnet: str = ""
+    """blur, canny or depth: train a ControlNet for the model in `start`, which stays as it is.
+    Its hints are made from the pictures; depth maps lie beside them as NAME.depth.png."""
+    controlnet_layers: int = 1
+    steps: int = 6000
+    batch: int = 64
+    accumulate: int = 1
+    rate: float = 1e-3
+    warm_up: int = 200
+    cosine: bool = True
+    ema: float = 0.999
+    caption_dropout: float = 0.1
+    encoder_dropout: float = 0.08
+    """The share of captions, and of each text encoder's outputs, that a step goes without."""
+    shift: float = 1.0
+    """Above 1, more of the timesteps are near the noise."""
+    random_crops: float = 0.0
+    """The share of examples that see a random crop of the position table, not its centre: what
+    is learned at one size then holds at others (Stability AI trained SD3.5 Medium so)."""
+    prompt_tokens: int = 77
+    """Cut prompts after so many tokens: faster, for captions that are never longer."""
+    clip_norm: float = 1.0
+    weight_decay: float = 0.01
+    bf16: bool = True
+    compile: bool = False
+    device: str = "auto"
+    seed: int = 0
+    save_every: int = 500
+    samples: tuple[str, ...] = ()
+    """Captions to draw with every checkpoint; needs `vae` and `tokenizer`."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Written into the finished checkpoint."""
+
+    @property
+    def network(self) -> MMDiTXConfig:
+        return MMDiTXConfig(
+            depth=self.depth,
+            hidden=64 * self.depth,
+            context_dim=self.context_dim,
+            pooled_dim=self.clip_l[0] + self.clip_g[0],
+            pos_embed_max_size=self.pos_embed_max_size,
+            qk_norm=True,
+            dual_blocks=tuple(range(self.dual_blocks)),
+        )
+
+
+WORDS = {
+    str: "a text", bool: "true or false", int: "a whole number", float: "a number",
+    tuple: "a list", dict: "a table",
+}  # fmt: skip
+PATHS = ("output", "images", "vae", "tokenizer", "text_encoders", "start")
+TEXTS = ("examples", "samples")
+
+
+def read_config(path: Path) -> TrainingConfig:
+    """A TOML file. Raises SettingError for an unknown key, a value of another type, a lack."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError, ValueError) as error:
+        raise SettingError(f"'{path}' can't be read as TOML: {error}") from error
+    known = {f.name: f for f in fields(TrainingConfig)}
+    for name, value in values.items():
+        if name not in known:
+            raise SettingError(
+                f"'{path.name}' has an unknown key '{name}'. Known are: {', '.join(known)}."
+            )
+        if name == "examples" and isinstance(value, str):
+            value = [value]
+        if isinstance(value, list):
+            value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        kind = {"output": str, "metadata": dict}.get(name, type(known[name].default))
+        allowed = (int, float) if kind is float else kind
+        if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
+            raise SettingError(f"'{path.name}': {name} is {value!r}, but should be {WORDS[kind]}.")
+        if name in TEXTS and not all(isinstance(entry, str) for entry in value):
+            raise SettingError(
+                f"'{path.name}': {name} is {value!r}, but should be a list of texts."
+            )
+        values[name] = value
+
+    def absolute(name: str) -> str:
+        try:
+            return str((path.parent / Path(name).expanduser()).resolve())
+        except (OSError, RuntimeError, ValueError) as error:
+            raise SettingError(f"'{path.name}': {name!r} is no path here: {error}") from error
+
+    for name in PATHS:
+        if values.get(name):
+            values[name] = absolute(values[name])
+    values["examples"] = tuple(map(absolute, values.get("examples", ())))
+    if "output" not in values:
+        raise SettingError(f"'{path.name}' lacks the key 'output', the folder to write to.")
+    config = TrainingConfig(**values)
+    if bool(config.images) == bool(config.examples):
+        raise SettingError(f"'{path.name}' needs either 'images' or 'examples'.")
+    for size in config.sizes:
+        numbers = isinstance(size, tuple) and all(isinstance(side, int) for side in size)
+        if not numbers or len(size) != 2 or any(side % 16 or side <= 0 for side in size):
+            raise SettingError(
+                f"'{path.name}': sizes has {size}; a size is a width and a height in pixels, "
+                "multiples of 16, such as [128, 96]."
+            )
+    if config.controlnet:
+        check_controlnet(config, path.name)
+    needs = ["vae", "tokenizer"] if config.images or config.samples else []
+    for name in needs:
+        if not getattr(config, name):
+            why = "images" if config.images else "samples"
+            raise SettingError(f"'{path.name}': '{why}' needs the key '{name}' too.")
+    return config
+
+
+def check_controlnet(config: TrainingConfig, name: str) -> None:
+    """Raise SettingError unless a ControlNet can be trained so."""
+    if config.controlnet not in CONTROL_TYPES:
+        known = ", ".join(CONTROL_TYPES)
+        raise SettingError(f"'{name}': controlnet is '{config.controlnet}'; known are {known}.")
+    for key in ("start", "text_encoders"):
+        if not getattr(config, key):
+            raise SettingError(f"'{name}': a ControlNet is trained on a model; it needs '{key}'.")
+    if config.samples:
+        raise SettingError(f"'{name}': no samples are drawn while a ControlNet is trained.")
+
+
+def check_output(folder: Path) -> None:
+    """Raise SettingError where a run would replace what no training wrote."""
+    state, model = (metadata_of(folder / name) for name in (STATE, MODEL))
+    known = {STATE: "step" in state and "config" in state}
+    known[MODEL] = "steps_trained" in model.get("sd35_config", "")
+    others = [folder / name for name in known if os.path.lexists(folder / name) and not known[name]]
+    if not any(known.values()):
+        others += sorted(p for p in (folder / SAMPLES).glob("*.png") if p.stem.isdigit())
+    if others:
+        raise SettingError(
+            f"'{others[0]}' was not written by a training, or is damaged, and this run would "
+            "replace it. Choose another folder as 'output', or move that file away."
+        )

@@ -1,0 +1,136 @@
+"""A folder of pictures with captions -> what a training run reads: latents and token ids."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.tensor_file import read_file
+from ..encoders.autoencoder import TinyAutoencoder
+from ..encoders.hints import made_hint, vae_input
+from ..encoders.text_encoder import KINDS, Tokenize, padded
+from ..errors import SettingError
+
+Examples = dict[str, Tensor]
+"""latents (N, 16, H, W) fp16 on the VAE's scale; tokens_l and tokens_g (N, 77) int32, and
+tokens_l_empty and tokens_g_empty (77,), the caption without words."""
+
+Size = tuple[int, int]
+DEPTH = ".depth.png"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def read_folder(
+    folder: Path,
+    sizes: list[Size],
+    autoencoder: TinyAutoencoder,
+    tokenize: Tokenize,
+    controlnet: str = "",
+) -> list[Examples]:
+    """All pictures in a folder, each with the caption in the .txt file of the same name.
+
+    A picture goes to the (width, height) of `sizes` whose shape is nearest to its own: it is scaled
+    to fill it, and what juts out is cut off. One group per size that got pictures. With
+    `controlnet` (blur, canny or depth) each example gets its hint too. Raises SettingError for a
+    folder without pictures, a picture that can't be read, a missing caption or depth map.
+    """
+    if not folder.is_dir():
+        raise SettingError(f"images: '{folder}' is not a folder.")
+    paths = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in PICTURES and not path.name.endswith(DEPTH)
+    )
+    if not paths:
+        kinds = ", ".join(PICTURES)
+        raise SettingError(f"images: '{folder}' has no pictures; looked for {kinds} files.")
+    bare = [path for path in paths if not path.with_suffix(".txt").is_file()]
+    if bare:
+        raise SettingError(
+            f"images: '{bare[0].name}' has no caption ({len(bare)} of {len(paths)} have none). "
+            f"Write one into '{bare[0].with_suffix('.txt')}'; an empty file is allowed."
+        )
+    latents: dict[Size, list[Tensor]] = defaultdict(list)
+    hints: dict[Size, list[Tensor]] = defaultdict(list)
+    captions: dict[Size, list[str]] = defaultdict(list)
+    for path in paths:
+        pixels, size = read_picture(path, sizes)
+        latents[size].append(encoded(autoencoder, pixels[None]))
+        if controlnet:
+            hints[size].append(encoded_hint(autoencoder, hint_of(path, pixels, size, controlnet)))
+        captions[size].append(path.with_suffix(".txt").read_text(encoding="utf-8").strip())
+    return [
+        {"latents": torch.cat(latents[size]), **tokens_of(captions[size], tokenize)}
+        | ({"hints": torch.cat(hints[size])} if controlnet else {})
+        for size in latents
+    ]
+
+
+def hint_of(path: Path, pixels: Tensor, size: Size, controlnet: str) -> Tensor:
+    """What the VAE sees of a picture's hint, (1, H, W, 3); pixels: (3, H, W) uint8."""
+    if controlnet == "depth":
+        beside = path.with_name(path.stem + DEPTH)
+        if not beside.is_file():
+            raise SettingError(f"images: '{path.name}' has no depth map; expected '{beside}'.")
+        pixels, _ = read_picture(beside, [size])
+    picture = pixels.permute(1, 2, 0)[None].float() / 255
+    return vae_input(made_hint(picture, controlnet), "2b", controlnet)
+
+
+def read_picture(path: Path, sizes: list[Size]) -> tuple[Tensor, Size]:
+    """(3, H, W) uint8, scaled and cut to the nearest of `sizes`; transparency becomes white."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGBA")
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+        raise SettingError(f"images: '{path}' can't be read as a picture: {error}") from error
+    ground = Image.new("RGBA", image.size, "white")
+    picture = Image.alpha_composite(ground, image).convert("RGB")
+    shape = picture.width / picture.height
+    size = min(sizes, key=lambda s: max(shape * s[1] / s[0], s[0] / s[1] / shape))
+    fitted = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+    values = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
+    return values.view(size[1], size[0], 3).permute(2, 0, 1), size
+
+
+def encoded(autoencoder: TinyAutoencoder, pictures: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 -> (B, 16, H / 8, W / 8) fp16, on the VAE's scale."""
+    return _latents(autoencoder, pictures.float() / 255)
+
+
+def encoded_hint(autoencoder: TinyAutoencoder, seen: Tensor) -> Tensor:
+    """The same of what the VAE sees of hints, (B, H, W, 3), -1 being black and 1 white."""
+    return _latents(autoencoder, (seen.movedim(-1, 1) + 1) / 2)
+
+
+@torch.no_grad()
+def _latents(autoencoder: TinyAutoencoder, image: Tensor) -> Tensor:
+    image = image.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(image.device.type, torch.bfloat16):
+        return autoencoder.encode(image).contiguous().half()
+
+
+def tokens_of(captions: list[str], tokenize: Tokenize) -> Examples:
+    """Padded ids of both encoders, and those of the caption without words."""
+    ids = [tokenize(caption) for caption in ["", *captions]]
+    tensors = {}
+    for name, kind in KINDS.items():
+        rows = torch.tensor([padded(row, kind(1, 1, 1)) for row in ids], dtype=torch.int32)
+        key = name.replace("clip", "tokens")
+        tensors |= {key: rows[1:].clone(), f"{key}_empty": rows[0].clone()}
+    return tensors
+
+
+def read_examples_file(path: str) -> Examples:
+    """A group of examples. Raises CheckpointError or SettingError for a file without them."""
+    tensors, _ = read_file(path)
+    wanted = ("latents", "tokens_l", "tokens_g", "tokens_l_empty", "tokens_g_empty")
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise SettingError(f"'{path}' has no examples to train on: it lacks {missing[0]}.")
+    return tensors

@@ -1,0 +1,95 @@
+"""The network as it is trained, with layers and attention that have gradients everywhere."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..encoders.text_encoder import ClipTextModel, clip_g, clip_l, joined
+from ..network.controlnet import ControlNetConfig, ControlNetEmbedder
+from ..network.layers import grid_positions
+from ..network.mmditx import MMDiTX
+from .config import TrainingConfig
+
+
+class _RMSNorm(nn.RMSNorm):
+    """In the dtype of its input, as autocast leaves it out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class _Operations:
+    Linear, Conv2d, LayerNorm, RMSNorm = nn.Linear, nn.Conv2d, nn.LayerNorm, _RMSNorm
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, context_tokens: int) -> Tensor:
+    """Softmax attention without a fused kernel: on a CPU its backward pass is the faster one."""
+    weights = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2), dim=-1)
+    return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+
+class Trained(nn.Module):
+    """All that learns: the network and both text encoders."""
+
+    def __init__(self, config: TrainingConfig):
+        super().__init__()
+        self.diffusion_model = MMDiTX(config.network, _Operations)
+        self.clip_l = ClipTextModel(clip_l(*config.clip_l))
+        self.clip_g = ClipTextModel(clip_g(*config.clip_g))
+        self.controlnet: ControlNetEmbedder | None = None
+        if config.controlnet:
+            hidden = config.network.hidden
+            described = ControlNetConfig(
+                "2b", config.controlnet_layers, hidden, hidden, config.controlnet
+            )
+            self.controlnet = ControlNetEmbedder(described, _Operations)
+
+    def initialise(self) -> None:
+        """As in the paper: every adaLN and the final layer start at zero, so blocks are idle."""
+        network = self.diffusion_model
+        for module in network.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        places = torch.arange(network.config.pos_embed_max_size)
+        network.pos_embed.copy_(grid_positions(places, places, network.config.hidden))
+        for name, parameter in network.named_parameters():
+            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+                nn.init.zeros_(parameter)
+        used = self.clip_l.config.hidden_size + self.clip_g.config.hidden_size
+        nn.init.normal_(network.context_embedder.weight, std=used**-0.5)
+        for encoder in (self.clip_l, self.clip_g):
+            encoder.initialise()
+
+    def steer(self) -> None:
+        """Let the ControlNet alone learn: it begins as a copy of the base that changes nothing."""
+        base, control = self.diffusion_model.requires_grad_(False), self.controlnet
+        assert control is not None
+        control.x_embedder.load_state_dict(base.x_embedder.state_dict())
+        control.t_embedder.load_state_dict(base.t_embedder.state_dict())
+        for linear in control.y_embedder.mlp:
+            if isinstance(linear, nn.Linear):
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
+        for block, joint in zip(control.transformer_blocks, base.joint_blocks):
+            source = joint.get_submodule("x_block").state_dict()
+            wanted = block.state_dict()
+            block.load_state_dict({key: source[key][: len(t)] for key, t in wanted.items()})
+        for silent in (*control.controlnet_blocks, control.pos_embed_input):
+            for parameter in silent.parameters():
+                nn.init.zeros_(parameter)
+
+    def encode(
+        self, tokens_l: Tensor, tokens_g: Tensor, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Context and pooled; kept: (2, B), 0 where an encoder's output is dropped."""
+        encoded = [self.clip_l(tokens_l), self.clip_g(tokens_g)]
+        if kept is not None:
+            encoded = [
+                (hidden * keep[:, None, None], pooled * keep[:, None])
+                for (hidden, pooled), keep in zip(encoded, kept)
+            ]
+        return joined(encoded, self.diffusion_model.config.context_dim)

@@ -1,0 +1,59 @@
+"""What a ComfyUI workflow sets up, read from its JSON and the headers of its files.
+
+    python -m sd35_core.workflow FILE.json [--models COMFYUI/models] [--strict]
+
+prints what SD35Check would say, without running anything. Both formats are read: what the canvas
+saves and what it exports for the API.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..errors import SettingError
+from ..words import printable
+from .check import LARGEST_FILE, SECONDS, check, files_under, report
+from .graph import TooLargeError
+from .reader import MOST
+from .workflow_file import is_node, read
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sd35_core.workflow", description="Check a workflow without running it."
+    )
+    parser.add_argument("file", type=Path, help="as the canvas saves it, or exported for the API")
+    parser.add_argument("--models", type=Path, help="ComfyUI's models folder")
+    parser.add_argument("--strict", action="store_true", help="warnings fail too")
+    options = parser.parse_args(arguments)
+    try:
+        with options.file.open("rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+        if len(data) > LARGEST_FILE:
+            raise TooLargeError(f"It is larger than {LARGEST_FILE / 1e6:.0f} MB: no workflow is.")
+        if options.models is not None and not options.models.is_dir():
+            raise SettingError(f"'{options.models}' is no folder: --models names ComfyUI's models.")
+        workflow = read(data)
+        found = check(workflow, files_under(options.models), SECONDS)
+    except (OSError, SettingError) as error:
+        sys.stderr.write(f"{options.file}: {error}\n")
+        return 2
+    if not found:
+        sys.stdout.write("There is no sampler in this workflow that is known here.\n")
+    prompt = {} if "nodes" in workflow else workflow.get("prompt", workflow)
+    gaps = [printable(key, 40) for key, node in prompt.items() if not is_node(node)]
+    if gaps:
+        names = ", ".join(gaps[:MOST])
+        sys.stdout.write(
+            f"Not read: {names}, without a class. A node pack was missing when this was exported.\n"
+        )
+    for key, said in found.items():
+        sys.stdout.write(f"Sampler {key}:\n{report(said)}\n")
+    worst = {finding.severity for said in found.values() for finding in said}
+    return int("error" in worst or (options.strict and "warning" in worst))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,94 @@
+"""What will go wrong, or do nothing: set-ups, or workflow files, in, sentences out."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from .finding import Finding, Rule
+from .graph import Budget
+from .reader import Find, setups
+from .rules.controls import about_controls
+from .rules.inputs import about_encoders, about_latent, about_prompts
+from .rules.model import about_loras, about_model, about_other_nodes, about_vae
+from .rules.sampling import about_denoise, about_sampling, about_skipped_layers
+from .setup import SD3, Setup
+from .workflow_file import api_graph
+
+SECONDS, LARGEST_FILE = 60.0, 2**26
+"""What the command line takes, and bytes that it reads."""
+
+
+def files_under(folder: Path | None) -> Find:
+    """Files by name in a `models` folder, and those that come with the pack."""
+    own = Path(__file__).resolve().parent.parent / "models"
+
+    def find(kind: str, name: str) -> Path | None:
+        plain = name.replace("\\", "/").removeprefix(f"{kind}/")
+        if folder is not None:
+            with suppress(OSError, ValueError):  # a name that the system can't have
+                root = (folder / kind).resolve()
+                path = (root / plain).resolve()
+                if path.is_relative_to(root) and path.is_file():
+                    return path
+        return next((path for path in own.rglob("*.safetensors") if path.name == plain), None)
+
+    return find
+
+
+def check(
+    workflow: dict[str, Any], find: Find, seconds: float = math.inf
+) -> dict[str, list[Finding]]:
+    """Sampler's node id -> what there is to say. Raises SettingError for no workflow, and for one
+    that takes more than so many seconds.
+
+    Where one sampler draws with SD3, those that draw with other models are left alone.
+    """
+    budget = Budget(seconds)
+    graph = api_graph(workflow, budget)
+    found = setups(graph, find, budget)
+    ours = any(setup.model is not None and setup.model.kind == SD3 for setup in found.values())
+    return {key: _checked(setup, ours) for key, setup in found.items()}
+
+
+def _checked(setup: Setup, ours: bool) -> list[Finding]:
+    """What there is to say where no object can be looked at."""
+    if setup.model is None:
+        words = (
+            "The model is not known: its file is not at hand, or a node gives it that is not known "
+            "here. What depends on it was not checked."
+        )
+        return [*findings(setup), Finding("note", "model unknown", words)]
+    if ours and setup.model.kind != SD3:
+        words = f"This sampler draws with a {setup.model.kind}, which is not checked here."
+        return [Finding("note", "model other", words)]
+    return findings(setup)
+
+
+def findings(setup: Setup) -> list[Finding]:
+    """Everything there is to say about a set-up, errors first."""
+    found = [finding for rule in _RULES for finding in rule(setup)]
+    order = ("error", "warning", "note")
+    return sorted(dict.fromkeys(found), key=lambda finding: order.index(finding.severity))
+
+
+def report(found: list[Finding]) -> str:
+    """One line each, or that there is nothing to say."""
+    return "\n".join(map(str, found)) or "Nothing to say: this set-up fits SD3.5."
+
+
+_RULES: tuple[Rule, ...] = (
+    about_model,
+    about_sampling,
+    about_denoise,
+    about_skipped_layers,
+    about_controls,
+    about_prompts,
+    about_encoders,
+    about_latent,
+    about_vae,
+    about_loras,
+    about_other_nodes,
+)

@@ -1,0 +1,147 @@
+"""What the canvas draws on this pack's nodes: answers to the workflow that is open there.
+
+The page asks with the canvas' own JSON; all arithmetic and all words are here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+from ..errors import SettingError
+from ..sampling.guidance import SkipLayers, parse_layers
+from ..sampling.recipes import LAYER_PRESETS, RECIPES, Recipe, layers_text
+from .check import findings
+from .graph import Budget, TooLargeError
+from .known_nodes import LOADER
+from .reader import Find, Reader
+from .setup import Setup
+from .workflow_file import api_graph, parsed
+
+SAMPLER, SKIP = "SD35Sampler", "SkipLayerGuidance"
+LARGEST_ANSWER = 4_000_000
+"""Characters of JSON; a sampler of 50 steps takes about a thousand."""
+CHOSEN = "sd35_recipe"
+"""The property of a sampler on the canvas that keeps its recipe."""
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as widgets: those of the sampler, and those of Skip Layer Guidance."""
+    values = asdict(recipe)
+    name, skip = values.pop("name"), recipe.skip_layers
+    del values["skip_layers"]
+    widgets = {"scale": 0.0} if skip is None else skip_values(skip)
+    return {"name": name, "sampler": values, "skip": widgets}
+
+
+def skip_values(skip: SkipLayers) -> dict[str, Any]:
+    window = {"scale": skip.scale, "start": skip.start, "end": skip.end}
+    return {"layers": layers_text(skip.layers), **window}
+
+
+def answer(body: bytes, find: Find, seconds: float = math.inf) -> str:
+    """A workflow in JSON -> JSON: node id -> what to draw on it.
+
+    Raises SettingError for no workflow, and for one that takes more than so many seconds.
+    """
+    budget = Budget(seconds)
+    graph = api_graph(parsed(body), budget)
+    reader = Reader(graph, find, budget)
+    found, length = [], 0
+    for key, node in graph.items():
+        budget.spend()
+        if node["class_type"] == SAMPLER:
+            panel = sampler_panel(reader, key)
+        elif node["class_type"] == SKIP:
+            panel = skip_panel(reader, key)
+        else:
+            continue
+        budget.spend()
+        found.append(f"{json.dumps(key)}: {json.dumps(panel, allow_nan=False)}")
+        length += len(found[-1])
+        if length > LARGEST_ANSWER:
+            raise TooLargeError(
+                "The workflow is too large to check: its samplers have too many steps in all. It "
+                "can be queued all the same."
+            )
+    return f"{{{', '.join(found)}}}"
+
+
+def sampler_panel(reader: Reader, key: str) -> dict[str, Any]:
+    """The curve with its windows, the recipe and what differs from it, and what to say."""
+    setup = reader.setup(key)
+    chain = list(reader.chain(key, "model", "model1"))
+    skips = [k for k in chain if reader.kind(k) == SKIP]
+    likely, chosen = likely_recipe(setup), reader.graph[key]["properties"].get(CHOSEN)
+    recipe = _with_skips(chosen, setup) if isinstance(chosen, str) and chosen in RECIPES else likely
+    return {
+        "recipe": recipe,
+        "model_recipe": likely,
+        "loader": next((k for k in chain if reader.kind(k) == LOADER), None),
+        "skip_nodes": skips,
+        "changed": changed(reader, key, skips, recipe) if recipe else [],
+        "levels": setup.levels or [],
+        "bands": bands(setup),
+        "findings": [[finding.severity, finding.text] for finding in findings(setup)],
+    }
+
+
+def likely_recipe(setup: Setup) -> str | None:
+    """The recipe of what is connected: the model, and what steers it."""
+    recipe = setup.model.recipe if setup.model else None
+    kinds = [control.control_type for control in setup.controls]
+    with_control = f"{recipe}_{kinds[0]}" if kinds else ""
+    return _with_skips(with_control if with_control in RECIPES else recipe, setup)
+
+
+def _with_skips(recipe: str | None, setup: Setup) -> str | None:
+    """A recipe, or where Skip Layer Guidance acts the same model's with it, if there is one."""
+    with_skips = f"{recipe}_slg"
+    acts = any(skip.scale for skip in setup.skips)
+    return with_skips if acts and with_skips in RECIPES else recipe
+
+
+def changed(reader: Reader, key: str, skips: list[str], recipe: str) -> list[list[Any]]:
+    """[node, widget, value, the recipe's] of each widget that differs."""
+    values = recipe_values(RECIPES[recipe])
+    wanted = [(key, name, value) for name, value in values["sampler"].items()]
+    wanted += [(node, name, value) for node in skips for name, value in values["skip"].items()]
+    seen = [(node, name, reader.value(node, name), value) for node, name, value in wanted]
+    return [list(entry) for entry in seen if entry[2] is not None and entry[2] != entry[3]]
+
+
+def bands(setup: Setup) -> list[dict[str, Any]]:
+    """For each guidance and ControlNet, the steps on which it acts."""
+    found = []
+    for skip in setup.skips:
+        if skip.stock:
+            continue
+        try:
+            layers = parse_layers(skip.layers)
+        except SettingError:
+            continue
+        own = SkipLayers(layers, skip.scale, skip.start, skip.end)
+        acting = own.acting(len(setup.levels or []))
+        found.append({"kind": "skip", "name": "Skip Layer Guidance", "steps": acting})
+    for control in setup.controls:
+        if control.start is None or control.end is None:
+            continue
+        name = f"{control.control_type or ''} ControlNet".strip()
+        found.append({"kind": "control", "name": name, "steps": setup.controlled(control)})
+    return found
+
+
+def skip_panel(reader: Reader, key: str) -> dict[str, Any]:
+    """The layers of the model before the node and which of them the text means."""
+    model = reader.model(list(reader.chain(key, "model", "model1")))
+    depth = model.depth if model else None
+    text = reader.value(key, "layers")
+    panel = {"depth": depth, "layers": [], "error": None}
+    panel["presets"] = LAYER_PRESETS.get((model.recipe if model else None) or "", [])
+    try:
+        panel["layers"] = sorted(parse_layers(text if isinstance(text, str) else "", depth))
+    except SettingError as error:
+        panel["error"] = str(error)
+    return panel

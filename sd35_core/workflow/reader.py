@@ -1,0 +1,333 @@
+"""What a ComfyUI workflow sets up, read from its graph and the headers of its files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import cache, cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .graph import Budget, Graph, Link, TooLargeError
+from .headers import LoraFile, control_in, lora_in, model_in, model_named, vae_channels
+from .known_nodes import (
+    CACHES,
+    EMPTY_LATENTS,
+    FAILING,
+    IDLE,
+    IDLE_ON_PROMPTS,
+    IDLE_ON_STOCK,
+    LOADER,
+    LOADERS,
+    NO_FILE,
+    OTHER_PREDICTIONS,
+    OWN_NODES,
+    SAMPLERS,
+    SHIFTS,
+    SKIPS_OF_THE_HOST,
+    STOCK_CONTROLNET_LOADERS,
+    TEXT_LOADERS,
+    VIDEO_LATENTS,
+    is_theirs,
+)
+from .links import Links
+from .setup import Control, Encoders, Latent, Lora, Model, Prompt, Sampling, Setup, Skip
+
+Find = Callable[[str, str], "Path | None"]
+"""(folder, name) -> the file that a widget names."""
+
+MOST = 100
+"""Nodes of one kind before a sampler."""
+
+
+def setups(graph: Graph, find: Find, budget: Budget | None = None) -> dict[str, Setup]:
+    """Sampler's node id -> what leads into it."""
+    reader = Reader(graph, find, budget)
+    return {key: reader.setup(key) for key, node in graph.items() if node["class_type"] in SAMPLERS}
+
+
+class Reader(Links):
+    """Reads what leads into a sampler; `find` finds the files that widgets name."""
+
+    def __init__(self, graph: Graph, find: Find, budget: Budget | None = None):
+        super().__init__(graph, budget)
+        self.find = cache(find)
+        self._latents: dict[Link, Latent | None] = {}
+
+    def setup(self, sampler: str) -> Setup:
+        """What leads into one sampler."""
+        guider = self.link(sampler, "guider")
+        source = guider[0] if guider else sampler
+        chain = list(self.chain(source, "model", "model1"))
+        model = self.model(chain)
+        sampling = self.sampling(sampler, source, chain)
+        wanted = self.link(source, "positive") or self.link(source, "conditioning")
+        unwanted = self.link(source, "negative")
+        positive, way = self.prompt(wanted)
+        negative, other_way = self.prompt(unwanted)
+        controlled, also_controlled = (
+            [key for key in keys if "control_net" in self.graph[key]["inputs"]]
+            for keys in (way, other_way)
+        )
+        kinds = [self.kind(key) for key in chain]
+        idle = {**IDLE, **({} if model is None or model.own else IDLE_ON_STOCK)}
+        return Setup(
+            model=model,
+            positive=positive,
+            negative=negative,
+            same_prompts=wanted == unwanted is not None,
+            sampling=sampling,
+            skips=few("Skip Layer Guidances", self.skips(chain))[::-1],
+            controls=tuple(
+                replace(self.control(key), on_both=key in also_controlled or negative is None)
+                for key in few("ControlNets", controlled)
+            ),
+            latent=self.latent(self.link(sampler, "latent") or self.link(sampler, "latent_image")),
+            loras=few("LoRAs", self.loras(chain, model)),
+            vae_channels=self.vae(sampler),
+            vae_name=self.vae_name(sampler),
+            encoders=self.encoders(way),
+            idle=(
+                *(idle[kind] for kind in kinds if kind in idle),
+                *(IDLE_ON_PROMPTS[k] for k in map(self.kind, way) if k in IDLE_ON_PROMPTS),
+            ),
+            failing=tuple(FAILING[kind] for kind in kinds if kind in FAILING),
+            caches=tuple(CACHES[kind] for kind in kinds if kind in CACHES),
+            shift_nodes=tuple(kind for kind in kinds if kind in SHIFTS),
+            own_nodes=tuple(
+                OWN_NODES[kind] for kind in [self.kind(sampler), *kinds] if kind in OWN_NODES
+            ),
+        )
+
+    def file(self, folders: tuple[str, ...], name: Any) -> Path | None:
+        if not isinstance(name, str) or name in NO_FILE:
+            return None
+        return next((path for folder in folders if (path := self.find(folder, name))), None)
+
+    def model(self, chain: list[str]) -> Model | None:
+        """Facts of the file at the chain's end; of its name alone where it is not there."""
+        if not chain or self.kind(chain[-1]) not in LOADERS:
+            return None
+        loader = self.kind(chain[-1])
+        widget, folders = LOADERS[loader]
+        theirs = loader == LOADER and is_theirs(self.graph[chain[-1]]["inputs"])
+        name = self.value(chain[-1], "model_name" if theirs else widget)
+        if not isinstance(name, str):
+            return None
+        path = self.file(folders, name)
+        facts = model_in(path) if path else model_named(name)
+        flow = not any(self.kind(key) in OTHER_PREDICTIONS for key in chain)
+        if facts is None:
+            return None
+        own = loader == LOADER and not theirs
+        return replace(facts, flow=flow, own=own, of_res4lyf=theirs)
+
+    def sampling(self, sampler: str, source: str, chain: list[str]) -> Sampling:
+        """The widgets of whichever nodes make the steps."""
+        own = self.kind(sampler) in ("SD35Sampler", "SD35SkipLayerSweep")
+        sigmas = self.link(sampler, "sigmas")
+        steps = sigmas[0] if sigmas else sampler
+        chosen = self.link(sampler, "sampler")
+        shift = self.number(steps, "shift")
+        if shift is None:
+            shift = self.shift_before(chain)
+        cfg = self.number(source, "cfg", "cfg_conds")
+        if self.kind(source) == "BasicGuider":
+            cfg = 1.0
+        elif self.value(sampler, "sampler_mode") in ("unsample", "resample"):
+            cfg = None  # RES4LYF's ways back to noise, which go without guidance
+        return Sampling(
+            steps=self.whole(steps, "steps"),
+            cfg=cfg,
+            shift=shift,
+            sampler=self.value(chosen[0] if chosen else sampler, "sampler", "sampler_name"),
+            schedule=self.value(steps, "schedule", "scheduler"),
+            denoise=self.number(steps, "denoise"),
+            own=own,
+        )
+
+    def shift_before(self, chain: list[str]) -> float:
+        """What the last node that sets a shift left; a loader's own is 3."""
+        for key in chain:
+            if self.kind(key) in SHIFTS:
+                return self.number(key, "shift") or 3.0
+        return 3.0
+
+    def skips(self, chain: list[str]) -> Iterator[Skip]:
+        """From the loader on; `frozen` is the shift that a node finds before it."""
+        frozen = 3.0
+        for key in reversed(chain):
+            kind = self.kind(key)
+            if kind in SHIFTS:
+                frozen = self.number(key, "shift") or 3.0
+            stock = kind in SKIPS_OF_THE_HOST
+            if kind != "SkipLayerGuidance" and not stock:
+                continue
+            layers = self.value(key, "layers", "double_layers")
+            numbers = [
+                self.number(key, *names)
+                for names in (("scale",), ("start", "start_percent"), ("end", "end_percent"))
+            ]
+            if kind == "SkipLayerGuidanceDiTSimple":  # the prompt without it is its negative
+                numbers[0] = 1.0
+            if not isinstance(layers, str) or None in numbers:
+                continue
+            scale, start, end = (number or 0.0 for number in numbers)
+            yield Skip(layers, scale, start, end, stock=stock, frozen_shift=frozen)
+
+    def prompt(self, link: Link | None) -> tuple[Prompt | None, list[str]]:
+        """A prompt's text and the nodes on its way, from the sampler up."""
+        way: list[str] = []
+        zero, seen = False, set()
+        while link is not None and link not in seen:
+            self.budget.spend()
+            seen.add(link)
+            key, slot = link
+            inputs = self.graph[key]["inputs"]
+            way.append(key)
+            zero = zero or self.kind(key) == "ConditioningZeroOut"
+            text = self.value(key, "text", "t5xxl")
+            if isinstance(text, str):
+                prompt = Prompt(text=text, tokens=about_tokens(text), pooled_is_zero=zero)
+                return prompt, way
+            side = "negative" if slot == 1 and "negative" in inputs else "positive"
+            names = (side, "conditioning", "conditioning_1", "conditioning_to")
+            link = next((found for name in names if (found := self.link(key, name))), None)
+        return (Prompt(pooled_is_zero=zero) if seen else None), way
+
+    def encoders(self, way: list[str]) -> Encoders | None:
+        """The text encoders of the prompt at the way's end."""
+        loader = next(
+            (key for key in self.chain(way[-1], "clip") if self.kind(key) in TEXT_LOADERS), None
+        ) if way else None  # fmt: skip
+        if loader is None:
+            return None
+        kind = self.kind(loader)
+        names = [self.value(loader, widget) for widget in TEXT_LOADERS[kind]]
+        files = [name for name in names if isinstance(name, str) and name != "none"]
+        made_for = self.value(loader, "type")
+        if kind == "TripleCLIPLoader" or not isinstance(made_for, str):
+            made_for = "sd3"
+        t5 = sum("t5" in name.lower() for name in files)
+        if "from model file" in files or any(not isinstance(name, str) for name in names):
+            return Encoders(made_for)
+        return Encoders(made_for, t5=bool(t5), others=len(files) > t5)
+
+    def control(self, key: str) -> Control:
+        """A node that applies a ControlNet."""
+        loader = self.link(key, "control_net")
+        name = self.value(loader[0], "control_net", "control_net_name") if loader else None
+        path = self.file(("controlnet",), name)
+        facts = control_in(path) if path else Control()
+        stock = loader is not None and self.kind(loader[0]) in STOCK_CONTROLNET_LOADERS
+        return replace(
+            facts,
+            by_stock_loader=stock,
+            strength=self.number(key, "strength"),
+            start=self.number(key, "start", "start_percent"),
+            end=self.number(key, "end", "end_percent"),
+            vae=self.vae_of(key) != 0,
+        )
+
+    def latent(self, link: Link | None) -> Latent | None:
+        """Where the latent comes from; None where that can't be told."""
+        names = ("samples", "latent", "latent_image")
+        way: dict[Link, None] = {}
+        while link is not None and link not in self._latents and link not in way:
+            self.budget.spend()
+            way[link] = None
+            key = link[0]
+            link = next((found for name in names if (found := self.link(key, name))), None)
+        found = None if link is None else self._latents.get(link)
+        for link in reversed(way):
+            found = self._latents[link] = self._latent_from(link[0], found)
+        return found
+
+    def _latent_from(self, key: str, before: Latent | None) -> Latent | None:
+        """What a node makes of the latent before it."""
+        kind = self.kind(key)
+        width, height = (self.whole(key, side) for side in ("width", "height"))
+        if kind in EMPTY_LATENTS:
+            batch = self.whole(key, "batch_size") or 1
+            return Latent(width, height, batch, EMPTY_LATENTS[kind], empty=True)
+        if kind in VIDEO_LATENTS:
+            return Latent(width, height, empty=True, video=kind)
+        if kind in ("VAEEncode", "VAEEncodeTiled"):
+            return Latent(empty=False)
+        if kind in ("VAEEncodeForInpaint", "InpaintModelConditioning"):
+            return Latent(empty=False, masked=True)
+        if before is None:
+            return Latent(empty=False) if kind in SAMPLERS else None
+        if kind == "SetLatentNoiseMask":
+            return replace(before, masked=True)
+        if kind in SAMPLERS:
+            return replace(before, empty=False, channels=16)
+        if kind == "LatentUpscale":
+            return replace(before, width=width, height=height)
+        return replace(before, width=None, height=None, batch=None, empty=None)
+
+    def loras(self, chain: list[str], model: Model | None) -> Iterator[Lora]:
+        for key in chain:
+            name = self.value(key, "lora_name")
+            if not isinstance(name, str):
+                continue
+            path = self.file(("loras",), name)
+            strength = self.number(key, "strength_model")
+            found = lora_in(path, model) if path and model else LoraFile()
+            facts = (found.layers, found.matched, found.magnitudes, found.scale)
+            yield Lora(name, strength, *facts)
+
+    def vae(self, sampler: str) -> int | None:
+        """The channels of the VAE that decodes what a sampler gives."""
+        if "vae" in self.graph[sampler]["inputs"]:
+            return self.vae_of(sampler)
+        decoder = self._decoders.get(sampler)
+        return None if decoder is None else self.vae_of(decoder)
+
+    def vae_name(self, sampler: str) -> str | None:
+        """The file of the VAE that decodes what a sampler gives."""
+        key = sampler if "vae" in self.graph[sampler]["inputs"] else self._decoders.get(sampler)
+        link = self.link(key, "vae") if key else None
+        name = self.value(link[0], "vae", "vae_name") if link else None
+        return name if isinstance(name, str) and name not in NO_FILE else None
+
+    @cached_property
+    def _decoders(self) -> dict[str, str]:
+        """Sampler -> the first node that decodes what it gives."""
+        found: dict[str, str] = {}
+        for key, node in self.graph.items():
+            if node["class_type"].startswith("VAEDecode"):
+                samples = self.link(key, "samples")
+                if samples:
+                    found.setdefault(samples[0], key)
+        return found
+
+    def vae_of(self, key: str) -> int | None:
+        """0 for none at all, None where it can't be told."""
+        link = self.link(key, "vae")
+        if link is None:
+            return 0
+        if self.kind(link[0]) == LOADER and self.value(link[0], "vae") == "none":
+            return 0
+        name = self.value(link[0], "vae", "vae_name")
+        path = self.file(("vae",), name)
+        return vae_channels(path) if path else None
+
+
+def few(what: str, found: Iterable[Any]) -> tuple[Any, ...]:
+    """All of them. Raises TooLargeError when one sampler has more than MOST."""
+    first = tuple(islice(found, MOST + 1))
+    if len(first) > MOST:
+        raise TooLargeError(
+            f"The workflow is too large to check: a sampler has more than {MOST} {what}. It can be "
+            "queued all the same."
+        )
+    return first
+
+
+def about_tokens(text: str) -> int:
+    """How many tokens T5 makes of a text, about: a piece is six letters at most."""
+    pieces = re.findall(r"\w+|[^\w\s]", text)
+    return 1 + sum(-(-len(piece) // 6) for piece in pieces)
