@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..sd35_core.encoders import hints
 from ..sd35_core.errors import SettingError
 from .host import files
-from .host.controlnet import COMFYUI, STABILITY, Options, controlnet_from, from_loader
+from .host.controlnet import COMFYUI, STABILITY, Options, controlnet_from, from_loader, steered
 from .host.loading import read
 from .host.memory import enough_memory
 from .host.packed import described
@@ -156,24 +156,9 @@ class SD35ControlNetApply(io.ComfyNode):
             )
         if strength == 0 or start == end:
             return io.NodeOutput(positive, negative)
-        hint = hints.rgb(image).movedim(-1, 1)
-        attached: dict[Any, Any] = {}
-
-        def controlled(conditioning: Any) -> Any:
-            """One object for both prompts behind the same ControlNet: so they run in one batch."""
-            rows = []
-            for tensor, extra in conditioning:
-                before = extra.get("control")
-                if before not in attached:
-                    attached[before] = control_net.copy().set_cond_hint(
-                        hint, strength, (start, end), vae=vae
-                    )
-                    attached[before].set_previous_controlnet(before)
-                control = {"control": attached[before], "control_apply_to_uncond": False}
-                rows.append([tensor, {**extra, **control}])
-            return rows
-
-        return io.NodeOutput(controlled(positive), controlled(negative))
+        hint = hints.rgb(image)
+        prompts = steered((positive, negative), control_net, vae, hint, strength, (start, end))
+        return io.NodeOutput(*prompts)
 
 
 class SD35ControlHint(io.ComfyNode):

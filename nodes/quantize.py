@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from ..sd35_core.errors import SettingError
 from ..sd35_core.packing.formats import FP8, INT8, RAW_FP8
 from ..sd35_core.quantization.plan import Plan
 from ..sd35_core.quantization.quantize import output_path, quantize_file
-from .controlnet import SD35ControlNetApply
-from .host.calibration import calibration
-from .host.controlnet import SD35ControlNet, from_loader
+from .host.calibration import calibration, with_hint
+from .host.controlnet import from_loader
 from .host.files import PACK_MODELS, first_folder
+from .host.loading import file_of
 from .host.memory import enough_memory
 from .host.report import progress, tell
 
@@ -139,7 +138,7 @@ class SD35Quantize(io.ComfyNode):
     ) -> io.NodeOutput:
         bits, eight = FORMATS[format]
         plan = Plan(bits, eight, MODULATION[modulation])
-        path = from_loader(control_net).path if control_net is not None else model_path(model)
+        path = from_loader(control_net).path if control_net is not None else file_of(model)
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         moments = None
         if bits == 2 and clip is not None and lines:
@@ -170,9 +169,7 @@ def shipped_score(path: Path, name: str) -> str:
     Figures of tools/nano/quantization_study.py: 500 captions, 10 steps of euler.
     """
     measured = json.loads(SHIPPED.read_text(encoding="utf-8"))
-    if path.stat().st_size != measured["formats"]["16 bit"]["bytes"]:
-        return ""
-    if hashlib.sha256(path.read_bytes()).hexdigest() != measured["sha256"]:
+    if not path.samefile(SHIPPED.with_name(measured["formats"]["16 bit"]["file"])):
         return ""
     things = {f["file"]: f["score"]["all"]["thing"] for f in measured["formats"].values()}
     if name not in things:
@@ -181,37 +178,3 @@ def shipped_score(path: Path, name: str) -> str:
         f"Pictures that show the right thing, of 500 captions, as measured when this model was "
         f"made: {things[path.name]:.1%} before, {things[name]:.1%} after.\n"
     )
-
-
-def model_path(model: Any) -> Path:
-    """The file of a MODEL. Raises SettingError for one that is changed or has no file."""
-    if model is None:
-        raise SettingError("Connect a model or a ControlNet to quantize.")
-    factory = getattr(model, "cached_patcher_init", None)
-    if not factory or not Path(str(factory[1][0])).is_file():
-        raise SettingError(
-            "This node quantizes the file behind a model, and this model has none. Load it with "
-            "SD35Loader."
-        )
-    if str(factory[1][0]).lower().endswith(".gguf"):
-        raise SettingError("A GGUF file is quantized already. Start from the original file.")
-    if model.patches:
-        raise SettingError(
-            f"The model carries a LoRA or a merge ({len(model.patches)} layers changed), which "
-            "its file does not have. Save it with ModelSave and load that, or connect the loader "
-            "directly."
-        )
-    return Path(factory[1][0])
-
-
-def with_hint(control_net: SD35ControlNet, vae: Any, image: Any) -> Any:
-    """(positive, negative) -> both with the ControlNet and its first picture."""
-    if image is None:
-        raise SettingError("To calibrate a ControlNet, connect its hint to image, and a VAE.")
-
-    def attach(positive: Any, negative: Any) -> Any:
-        return SD35ControlNetApply.execute(
-            positive, negative, control_net, vae, image[:1], 1.0, 0.0, 1.0
-        ).result
-
-    return attach

@@ -8,6 +8,7 @@ from typing import Any
 import comfy.model_management
 import torch
 
+from ...sd35_core.encoders.hints import rgb
 from ...sd35_core.errors import SettingError
 from ...sd35_core.network.latent import CHANNELS, PIXELS
 from ...sd35_core.quantization.calibration import (
@@ -17,7 +18,8 @@ from ...sd35_core.quantization.calibration import (
     recorded,
 )
 from ...sd35_core.sampling.schedules import sigmas
-from .network import HostMMDiTX
+from .controlnet import SD35ControlNet, steered
+from .network import HostMMDiTX, network_in
 from .sampling import sample
 
 CFG = 4.0
@@ -31,7 +33,7 @@ def calibration(
 
     attach: (ControlNet object, positive, negative -> both with it), to calibrate a ControlNet.
     """
-    network = model.model.diffusion_model
+    network = network_in(model.model)
     if not isinstance(network, HostMMDiTX):
         raise SettingError(
             f"Calibration needs a model from SD35Loader; this one is a {type(network).__name__}."
@@ -57,3 +59,15 @@ def calibration(
 def encoded(clip: Any, text: str) -> Any:
     """A CONDITIONING."""
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def with_hint(control_net: SD35ControlNet, vae: Any, image: Any) -> Any:
+    """(positive, negative) -> both with the ControlNet and its first picture."""
+    if image is None:
+        raise SettingError("To calibrate a ControlNet, connect its hint to image, and a VAE.")
+
+    def attach(positive: Any, negative: Any) -> Any:
+        prompts = positive, negative
+        return steered(prompts, control_net, vae, rgb(image[:1]), 1.0, (0.0, 1.0))
+
+    return attach

@@ -29,7 +29,7 @@ from ...sd35_core.network.mmditx import padded
 from ...sd35_core.packing.formats import is_packed
 from . import packed, processor
 from .loading import ModelFile, by_the_host
-from .network import HostMMDiTX
+from .network import HostMMDiTX, network_in
 
 StockMMDiT = comfy.ldm.modules.diffusionmodules.mmdit.MMDiT
 
@@ -96,7 +96,7 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
         """What it reads of the model that is being sampled."""
         model = self.sampled()
         assert model is not None, "the host calls pre_run first"
-        base = base_of(model.diffusion_model, model.get_dtype_inference())
+        base = base_of(network_in(model), model.get_dtype_inference())
         if self.options.as_comfyui:
             return replace(base, embed=partial(self.embed_as_comfyui, base.x_embedder))
         return base
@@ -201,12 +201,41 @@ class Base:
     pooled_dim: int
 
 
+def steered(
+    prompts: tuple[Any, ...],
+    control_net: Any,
+    vae: Any,
+    hint: Tensor,
+    strength: float,
+    window: tuple[float, float],
+) -> list[Any]:
+    """CONDITIONINGs with a ControlNet and its hint (B, H, W, 3) in 0..1, from one share of the
+    way from noise to picture to another.
+
+    Behind the same ControlNet all of them get one object: so they run in one batch.
+    """
+    attached: dict[Any, Any] = {}
+
+    def control(before: Any) -> Any:
+        if before not in attached:
+            copy = control_net.copy()
+            copy.set_cond_hint(hint.movedim(-1, 1), strength, window, vae=vae)
+            copy.set_previous_controlnet(before)
+            attached[before] = copy
+        return attached[before]
+
+    own = {"control_apply_to_uncond": False}
+    return [
+        [[text, {**extra, "control": control(extra.get("control")), **own}] for text, extra in rows]
+        for rows in prompts
+    ]
+
+
 def base_of(network: Any, dtype: torch.dtype) -> Base:
     """Of our model or the host's own, which computes in `dtype`, whatever the ControlNet does.
 
     Raises SettingError for one that isn't SD3.
     """
-    network = getattr(network, "_orig_mod", network)
 
     def own(layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda x: layer(x.to(dtype)).to(x.dtype)

@@ -28,7 +28,7 @@ from ...sd35_core.workflow.workflow_file import api_graph
 from . import files
 from .controlnet import SD35ControlNet
 from .guidance import SKIPS
-from .network import HostMMDiTX
+from .network import HostMMDiTX, network_in
 from .report import log
 
 StockMMDiT = comfy.ldm.modules.diffusionmodules.mmdit.MMDiT
@@ -124,8 +124,7 @@ def observed(
 
 def model_facts(model: Any) -> Model:
     """Of a MODEL, whoever loaded it."""
-    network = model.model.diffusion_model
-    network = getattr(network, "_orig_mod", network)
+    network = network_in(model.model)
     sampling = model.get_model_object("model_sampling")
     flow = (
         isinstance(sampling, comfy.model_sampling.CONST)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...sd35_core.errors import SettingError
 from ...sd35_core.sampling.guidance import SkipLayers, away_from_skipped, step_of
-from .network import SKIPPED, TWINS, HostMMDiTX, Options
+from .network import SKIPPED, TWINS, HostMMDiTX, Options, network_in
 
 RECORDS = "sd35_skip_layer_records"
 """In model_options: {key of the guidance: its record}, for the step under way."""
@@ -47,8 +47,7 @@ class Record:
 
 def depth_of(model: Any) -> int:
     """The number of layers of a MODEL from our loader. Raises SettingError for another."""
-    network = model.model.diffusion_model
-    network = getattr(network, "_orig_mod", network)
+    network = network_in(model.model)
     if not isinstance(network, HostMMDiTX):
         raise SettingError(
             f"This node needs a model from SD35Loader; it got a {type(network).__name__}. Load "

@@ -20,7 +20,7 @@ from ...sd35_core.checkpoint.gguf_file import EXTENSION, GGUFFile
 from ...sd35_core.checkpoint.layouts import diffusion_model, under
 from ...sd35_core.checkpoint.loading import checked_config, shapes_of, with_axes
 from ...sd35_core.checkpoint.tensor_file import StateDict, TensorFile, pieces_of
-from ...sd35_core.errors import CheckpointError, SD35Error, is_out_of_memory
+from ...sd35_core.errors import CheckpointError, SD35Error, SettingError, is_out_of_memory
 from ...sd35_core.limits import check_filled
 from ...sd35_core.network.config import AXES, VARIANTS
 from . import packed, resting
@@ -205,3 +205,24 @@ def summary(file: ModelFile, model: Any, encoders: list[str]) -> str:
     dtype = str(model.model_dtype()).removeprefix("torch.")
     dtype += packed.described(network)
     return f"{name}: {size} parameters, {dtype}. Text encoders: {', '.join(encoders) or 'none'}."
+
+
+def file_of(model: Any) -> Path:
+    """The file of a MODEL. Raises SettingError for one that is changed or has no file."""
+    if model is None:
+        raise SettingError("Connect a model or a ControlNet to quantize.")
+    factory = getattr(model, "cached_patcher_init", None)
+    if not factory or not Path(str(factory[1][0])).is_file():
+        raise SettingError(
+            "This node quantizes the file behind a model, and this model has none. Load it with "
+            "SD35Loader."
+        )
+    if str(factory[1][0]).lower().endswith(".gguf"):
+        raise SettingError("A GGUF file is quantized already. Start from the original file.")
+    if model.patches:
+        raise SettingError(
+            f"The model carries a LoRA or a merge ({len(model.patches)} layers changed), which "
+            "its file does not have. Save it with ModelSave and load that, or connect the loader "
+            "directly."
+        )
+    return Path(factory[1][0])

@@ -215,6 +215,12 @@ def twins_of(rows: int, options: Options) -> list[Twin]:
     return twins
 
 
+def network_in(model: Any) -> Any:
+    """The network of the host's model class, without the shell that torch.compile puts round it."""
+    network = model.diffusion_model
+    return getattr(network, "_orig_mod", network)
+
+
 class SD35Model(comfy.model_base.SD3):
     """The host's own SD3 model class around our network, so LoRA, merging and saving know it."""
 
@@ -240,7 +246,7 @@ class SD35Model(comfy.model_base.SD3):
     ) -> Tensor:
         """With the modulations from the run's cache, if there is one and nothing is trained."""
         options, y = transformer_options or {}, named.get("y")
-        network = getattr(self.diffusion_model, "_orig_mod", self.diffusion_model)
+        network = network_in(self)
         cache, width = self.modulation_cache, network.config.pooled_dim
         if torch.is_grad_enabled():
             cache = None
@@ -257,7 +263,7 @@ class SD35Model(comfy.model_base.SD3):
         needed = super().memory_required(*arguments, **named)
         if self.modulation_cache is None and not getattr(self, "resting", False):
             return needed
-        network = getattr(self.diffusion_model, "_orig_mod", self.diffusion_model)
+        network = network_in(self)
         return needed + most_values(network) * self.get_dtype_inference().itemsize
 
     def encode_adm(self, **kwargs: Any) -> Tensor | None:

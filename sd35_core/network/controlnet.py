@@ -20,7 +20,6 @@ from .layers import (
     Stream,
     attended_to,
     attention,
-    modulate,
     sinusoid,
 )
 from .mmditx import MMDiTX, padded
@@ -64,7 +63,7 @@ class ControlNetBlock(Stream):
     def forward(self, x: Tensor, c: Tensor, attend: Attend = attention) -> Tensor:
         """x: (B, N, hidden), c: (B, hidden) -> the next x."""
         modulation = self.parts(self.modulation(c))
-        heads = self.attn.heads(modulate(self.norm1(x), *modulation[:2]))
+        heads = self.attn.heads(modulation.attn.on(self.norm1(x)))
         return self.finish(x, attended_to(attend, heads, 0), modulation)
 
 

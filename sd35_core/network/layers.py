@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +36,31 @@ def attended_to(attend: Attend, heads: Iterable[Tensor], context_tokens: int) ->
     return attend(q, k, v, context_tokens)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift; x: (B, L, hidden), shift and scale: (B, 1, hidden)."""
-    return torch.addcmul(shift, x, 1 + scale)
+class Modulation(NamedTuple):
+    """What timestep and pooled text do around one part of a stream; each (B, 1, hidden).
+
+    The last text block and the final layer have no gate.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    gate: Any = None
+
+    def on(self, x: Tensor) -> Tensor:
+        """What the part reads of x (B, L, hidden): x (1 + scale) + shift."""
+        return torch.addcmul(self.shift, x, 1 + self.scale)
+
+    def added(self, x: Tensor, change: Tensor) -> Tensor:
+        """x with what the part gave, gated."""
+        return torch.addcmul(x, self.gate, change)
+
+
+class StreamModulation(NamedTuple):
+    """The modulations of a stream's parts, in the order of its adaLN's output."""
+
+    attn: Modulation
+    mlp: Any = None
+    attn2: Any = None
 
 
 def sinusoid(timestep: Tensor, width: int = TIMESTEP_WIDTH, max_period: float = 10000) -> Tensor:
@@ -195,18 +217,18 @@ class Stream(nn.Module):
         )
 
     def modulation(self, c: Tensor) -> Tensor:
-        """(B, hidden) -> shift, scale, gate of attention, of the MLP, of attn2, side by side."""
+        """(B, hidden) -> shift, scale, gate of attn, of mlp, of attn2, side by side."""
         return by_rows(self.adaLN_modulation, c)
 
-    def parts(self, modulation: Tensor) -> tuple[Tensor, ...]:
-        """The parts of a modulation, each (B, 1, hidden)."""
-        return modulation[:, None].chunk(self.modulations, dim=-1)
+    def parts(self, modulation: Tensor) -> StreamModulation:
+        """The modulation of each part."""
+        found = modulation[:, None].chunk(self.modulations, dim=-1)
+        return StreamModulation(*(Modulation(*found[i : i + 3]) for i in range(0, len(found), 3)))
 
-    def finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor, modulation: StreamModulation) -> Tensor:
         """Add the gated attention, then the gated MLP."""
-        gate, shift, scale, gate_mlp = modulation[2:6]
-        x = torch.addcmul(x, gate, self.attn.proj(attended))
-        return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift, scale)))
+        x = modulation.attn.added(x, self.attn.proj(attended))
+        return modulation.mlp.added(x, self.mlp(modulation.mlp.on(self.norm2(x))))
 
 
 class JointBlock(nn.Module):
@@ -243,21 +265,20 @@ class JointBlock(nn.Module):
         """
         text, image = self.context_block, self.x_block
         known = self.modulation(c) if modulation is None else modulation
-        text_modulation, image_modulation = text.parts(known[0]), image.parts(known[1])
+        of_text, of_image = text.parts(known[0]), image.parts(known[1])
         normed = image.norm1(x)
-        text_heads = text.attn.heads(modulate(text.norm1(context), *text_modulation[:2]))
-        image_heads = image.attn.heads(modulate(normed, *image_modulation[:2]))
+        text_heads = text.attn.heads(of_text.attn.on(text.norm1(context)))
+        image_heads = image.attn.heads(of_image.attn.on(normed))
         joined = (torch.cat(pair, dim=1) for pair in zip(text_heads, image_heads))
         length = context.shape[1]
         attended = attended_to(attend, joined, length)
-        of_text, of_image = attended.split([length, x.shape[1]], dim=1)
+        to_text, to_image = attended.split([length, x.shape[1]], dim=1)
         if not text.pre_only:
-            context = text.finish(context, of_text.contiguous(), text_modulation)
+            context = text.finish(context, to_text.contiguous(), of_text)
         if image.dual:
-            shift, scale, gate = image_modulation[6:]
-            own = attended_to(attend, image.attn2.heads(modulate(normed, shift, scale)), 0)
-            x = torch.addcmul(x, gate, image.attn2.proj(own))
-        return context, image.finish(x, of_image.contiguous(), image_modulation)
+            own = attended_to(attend, image.attn2.heads(of_image.attn2.on(normed)), 0)
+            x = of_image.attn2.added(x, image.attn2.proj(own))
+        return context, image.finish(x, to_image.contiguous(), of_image)
 
 
 class FinalLayer(nn.Module):
@@ -280,5 +301,5 @@ class FinalLayer(nn.Module):
         return by_rows(self.adaLN_modulation, c)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        shift, scale = modulation[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        found = Modulation(*modulation[:, None].chunk(2, dim=-1))
+        return self.linear(found.on(self.norm_final(x)))

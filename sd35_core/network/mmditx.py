@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +27,6 @@ from .layers import (
 
 RunBlock = Callable[..., tuple[Tensor, Tensor]]
 """(index, block, context, x, c, attend, modulation) -> context, x: a host hooks in here."""
-
-Step = Callable[[Tensor, Tensor, list[int]], tuple[Tensor, Tensor]]
 
 
 def run_block(
@@ -142,15 +139,20 @@ class MMDiTX(nn.Module):
         height, width = x.shape[-2:]
         x = self.embed(x, positions)
         c = modulations.c if modulations else self.conditioning(timestep, y)
-        rows = _Rows(len(x), twins, self.config.depth)
+        rows = Rows(len(x), twins, self.config.depth)
         context, x = (rows.leading(tensor) for tensor in (self.context_embedder(context), x))
         for i, block in enumerate(self.joint_blocks):
-            context, x = rows.join(i, context, x)
-            known = modulations.blocks[i] if modulations else None
-            step = partial(_step, run_block, i, block, c, attend, known)
-            residual = residuals[i] if i < len(residuals) else None
-            context, x = rows.run(i, step, context, x, residual)
-        (x,) = rows.join(self.config.depth, x)
+            context, x = rows.joined(i, context, x)
+            running = rows.running(i)
+            if not running.rows:
+                continue
+            known = tuple(map(running.of_batch, modulations.blocks[i])) if modulations else None
+            text, image = running.taken(context), running.taken(x)
+            text, image = run_block(i, block, text, image, running.of_batch(c), attend, known)
+            if i < len(residuals) and (residual := residuals[i]) is not None:
+                image = image + running.of_batch(residual).to(image.dtype)
+            context, x = running.put_back(text, context), running.put_back(image, x)
+        (x,) = rows.joined(self.config.depth, x)
         final = modulations.final if modulations else self.final_layer.modulation(c)
         return self.unpatchify(self.final_layer(rows.ordered(x), final), height, width)
 
@@ -195,22 +197,6 @@ class MMDiTX(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)[..., :height, :width]
 
 
-def _step(
-    run_block: RunBlock,
-    index: int,
-    block: Any,
-    c: Tensor,
-    attend: Attend,
-    modulation: tuple[Tensor, Tensor] | None,
-    context: Tensor,
-    x: Tensor,
-    rows: list[int],
-) -> tuple[Tensor, Tensor]:
-    """Run a block for some rows of the batch."""
-    known = modulation and (chosen(modulation[0], rows), chosen(modulation[1], rows))
-    return run_block(index, block, context, x, chosen(c, rows), attend, known)
-
-
 def chosen(tensor: Tensor, rows: list[int]) -> Tensor:
     """Rows of a tensor (B, ...), by slices: an index from the CPU would have a card wait for it."""
     runs: list[list[int]] = []
@@ -233,7 +219,7 @@ def padded(x: Tensor, patch: int) -> Tensor:
     return x
 
 
-class _Rows:
+class Rows:
     """The rows of a batch on their way through the blocks, with twins joining on the way."""
 
     def __init__(self, count: int, twins: Sequence[Twin], depth: int):
@@ -250,8 +236,8 @@ class _Rows:
         """The rows that start at the first block."""
         return chosen(tensor, self.present)
 
-    def join(self, index: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Append copies of their sources for the twins whose first skipped layer is `index`."""
+    def joined(self, index: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """With copies of their sources for the twins whose first skipped layer is `index`."""
         new = {row: source for row, (first, source) in self.joining.items() if first == index}
         if not new:
             return tensors
@@ -259,33 +245,38 @@ class _Rows:
         self.present += new
         return tuple(torch.cat([tensor, chosen(tensor, places)]) for tensor in tensors)
 
-    def run(
-        self, index: int, step: Step, context: Tensor, x: Tensor, residual: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Run block `index` on every present row that does not skip it."""
-        places = [
-            place
-            for place, row in enumerate(self.present)
-            if index not in self.skipped.get(row, ())
-        ]
-        if not places:
-            return context, x
-        whole = len(places) == len(self.present)
-        rows = [self.present[place] for place in places]
-        new_context, new_x = step(chosen(context, places), chosen(x, places), rows)
-        if residual is not None:
-            new_x = new_x + chosen(residual, rows).to(new_x.dtype)
-        if whole:
-            return new_context, new_x
-        order = places + [place for place in range(len(self.present)) if place not in places]
-        back = sorted(range(len(order)), key=order.__getitem__)
-        rest = order[len(places) :]
-        parts = ((new_context, context), (new_x, x))
-        context, x = (chosen(torch.cat([new, chosen(old, rest)]), back) for new, old in parts)
-        return context, x
+    def running(self, index: int) -> Running:
+        """The present rows that don't skip block `index`."""
+        rows = [row for row in self.present if index not in self.skipped.get(row, ())]
+        return Running(rows, self.present)
 
     def ordered(self, tensor: Tensor) -> Tensor:
         """The rows in the order in which they came."""
         if self.all_lead:
             return tensor
         return chosen(tensor, sorted(range(len(self.present)), key=self.present.__getitem__))
+
+
+class Running:
+    """Rows of a batch that one block runs on, among those that are present."""
+
+    def __init__(self, rows: list[int], present: list[int]):
+        self.rows = rows
+        self.places = [place for place, row in enumerate(present) if row in rows]
+        self.resting = [place for place, row in enumerate(present) if row not in rows]
+
+    def of_batch(self, tensor: Tensor) -> Tensor:
+        """Of what the whole batch has."""
+        return chosen(tensor, self.rows)
+
+    def taken(self, tensor: Tensor) -> Tensor:
+        """Of what the present rows have."""
+        return chosen(tensor, self.places)
+
+    def put_back(self, new: Tensor, old: Tensor) -> Tensor:
+        """The present rows again: new ones where they ran, old ones where they rested."""
+        if not self.resting:
+            return new
+        order = self.places + self.resting
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return chosen(torch.cat([new, chosen(old, self.resting)]), back)
