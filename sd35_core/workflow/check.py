@@ -23,7 +23,7 @@ SECONDS, LARGEST_FILE = 60.0, 2**26
 
 def files_under(folder: Path | None) -> Find:
     """Files by name in a `models` folder, and those that come with the pack."""
-    own = Path(__file__).resolve().parent.parent / "models"
+    own = Path(__file__).resolve().parents[2] / "models"
 
     def find(kind: str, name: str) -> Path | None:
         plain = name.replace("\\", "/").removeprefix(f"{kind}/")

@@ -188,11 +188,11 @@ def test_a_lora_that_fits_gets_no_words(
 def test_objects_are_judged_where_the_workflow_says_nothing(
     comfy: SimpleNamespace, ours: Any, stock: Any, conds: Any
 ) -> None:
-    preflight = __import__("sd35_pack.nodes.host.preflight", fromlist=["said"])
+    facts = __import__("sd35_pack.nodes.host.facts", fromlist=["said"])
     empty = {"samples": torch.zeros(1, 16, 16, 16)}
 
     def rules(model: Any = ours, positive: Any = conds.positive, latent: Any = empty) -> set[str]:
-        found = preflight.said({}, None, model, positive, conds.negative, latent)
+        found = facts.said({}, None, model, positive, conds.negative, latent)
         return {finding.rule for finding in found}
 
     def changed(**extra: Any) -> Any:

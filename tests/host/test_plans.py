@@ -58,7 +58,8 @@ def test_the_queue_answers_while_twenty_hostile_plans_are_in_flight(server: host
     bodies.append(json.dumps({"1": sampler(denoise=1e-300)}).encode())
     answers, seconds = asyncio.run(together(server.url, [*bodies] * (AT_ONCE // len(bodies))))
     assert {status for status, _ in answers} <= {200, 413}
-    assert len(seconds) > 10 and max(seconds) < 0.5
+    assert len(seconds) > 10
+    assert max(seconds) < 2, "in turn, with half a second each, the plans would take ten"
 
 
 def test_the_whole_hostile_corpus_leaves_the_server_as_it_was(

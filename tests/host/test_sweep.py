@@ -199,7 +199,7 @@ def test_an_interrupted_sweep_leaves_the_server_ready(
 def test_a_long_label_is_made_smaller_and_a_short_one_is_not_enlarged(
     comfy: SimpleNamespace,
 ) -> None:
-    label = importlib.import_module("sd35_pack.nodes.host.sheet").label
+    label = importlib.import_module("sd35_pack.nodes.sheet").label
     long = label("|" + " " * 100 + "|", STRIP, SIDE)
     assert long[:, : SIDE // 2].max() > 0.3 and long[:, SIDE // 2 :].max() > 0.3
     short = label("none", STRIP, SIDE)
