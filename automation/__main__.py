@@ -14,9 +14,10 @@ from pathlib import Path
 from sd35_core.words import printable
 
 from . import batch, cluster, files, workflow
-from .client import LARGEST_FILE, Client, Step
+from .client import Client, Step
 from .errors import AutomationError, ServerError
 from .jobs import Table
+from .limits import LARGEST_FILE
 from .manifest import ASIDE, DONE
 from .outside import is_safe_name, shown
 

@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 import aiohttp
 
-from . import answers
+from . import answers, limits
 from .answers import File, Result, Step
 from .errors import LostError, RefusedError, RunError, ServerError
 from .files import Place
@@ -31,28 +31,6 @@ from .outside import parsed
 from .workflow import Workflow
 
 Read = Callable[[Any], Any]
-
-LOOK_SECONDS = 5.0
-"""How long a prompt is followed by its events alone before the server is asked."""
-ENDED_SECONDS = 0.02
-"""The same once an event says that it has ended: its history is written just after that."""
-QUICK_SECONDS = 2.0
-"""How long that is believed."""
-RESTARTS = 3
-"""How often a prompt is queued when its server ends while it has it: it may be the cause."""
-ANSWER_SECONDS, FILE_SECONDS = 60, 600
-"""From the first to the last byte of an answer, and of a file."""
-LARGEST_ANSWER = 2**24
-"""Bytes of JSON."""
-LARGEST_FILE = 2**28
-"""Bytes of a file that a workflow saved, unless the caller says more."""
-LARGEST_EVENT = 2**24
-"""Bytes of a message of the websocket; a preview is one."""
-REMEMBERED = 64
-"""The last prompts of a server's history among which those of a driver that was killed are."""
-AWAY = (429, 502, 503, 504)
-"""What a proxy says while the server behind it is away."""
-REDIRECTS = range(300, 400)
 
 
 class AwayError(Exception):
@@ -64,7 +42,7 @@ class _Followed:
     """A prompt that someone waits for."""
 
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: float = -QUICK_SECONDS
+    ended: float = -limits.QUICK_SECONDS
     """When an event said so, by the monotonic clock."""
     step: Callable[[Step], None] | None = None
 
@@ -77,7 +55,7 @@ class Client:
     ComfyUI's, that is a ServerError.
     """
 
-    def __init__(self, url: str, patience: float = 120, largest: int = LARGEST_FILE):
+    def __init__(self, url: str, patience: float = 120, largest: int = limits.LARGEST_FILE):
         self.url = url.rstrip("/") if "://" in url else f"http://{url.rstrip('/')}"
         self.host = self.kind = self.url
         self.patience, self.largest = patience, largest
@@ -111,7 +89,7 @@ class Client:
     async def known(self) -> set[str]:
         """The ids of prompts that the server waits for, draws or has drawn lately."""
         queue = await self._ask(answers.queued, "GET", "/queue")
-        past = f"/history?max_items={REMEMBERED}"
+        past = f"/history?max_items={limits.REMEMBERED}"
         return set(queue) | await self._ask(answers.ended, "GET", past)
 
     async def run(
@@ -129,16 +107,17 @@ class Client:
         """
         prompt_id = prompt_id or str(uuid.uuid4())
         before = self._lost
-        for _ in range(RESTARTS):
+        for _ in range(limits.RESTARTS):
             await self.submit(workflow, prompt_id)
             result = await self.wait(prompt_id, step, workflow)
             if result is not None:
                 return result
         if self._lost == before:
             raise ServerError(
-                f"{self.url} took a prompt {RESTARTS} times and knows nothing of it each time."
+                f"{self.url} took a prompt {limits.RESTARTS} times and knows nothing of it each "
+                "time."
             )
-        raise RunError(f"{self.url} was started anew {RESTARTS} times while it had this.")
+        raise RunError(f"{self.url} was started anew {limits.RESTARTS} times while it had this.")
 
     async def submit(self, workflow: Workflow, prompt_id: str | None = None) -> str:
         """Queue a workflow once, whatever the connection does; the prompt's id.
@@ -205,8 +184,8 @@ class Client:
                     found = await self._patiently(lambda: self._history(prompt_id))
                     return found and self._read(answers.result_of, prompt_id, found, workflow)
                 with contextlib.suppress(asyncio.TimeoutError):
-                    quick = time.monotonic() - followed.ended < QUICK_SECONDS
-                    seconds = ENDED_SECONDS if quick else LOOK_SECONDS
+                    quick = time.monotonic() - followed.ended < limits.QUICK_SECONDS
+                    seconds = limits.ENDED_SECONDS if quick else limits.LOOK_SECONDS
                     await asyncio.wait_for(followed.changed.wait(), seconds)
                 followed.changed.clear()
         finally:
@@ -226,7 +205,7 @@ class Client:
 
         async def get() -> bytes:
             status, data = await self._answer(
-                "GET", "/view", self.largest, FILE_SECONDS, params=place
+                "GET", "/view", self.largest, limits.FILE_SECONDS, params=place
             )
             if status != 200:
                 raise LostError(f"{self.url} no longer has {file.filename}.")
@@ -277,7 +256,9 @@ class Client:
 
         Raises RefusedError, AwayError, or ServerError for an answer that is not ComfyUI's.
         """
-        status, data = await self._answer(method, path, LARGEST_ANSWER, ANSWER_SECONDS, json=body)
+        status, data = await self._answer(
+            method, path, limits.LARGEST_ANSWER, limits.ANSWER_SECONDS, json=body
+        )
         if status == 400:
             raise RefusedError(*answers.refusal(data))
         if status > 400:
@@ -304,9 +285,9 @@ class Client:
         data = bytearray()
         try:
             async with self._session.request(method, self.url + path, **options) as answer:
-                if answer.status in AWAY:
+                if answer.status in limits.AWAY:
                     raise AwayError(f"it answers {answer.status}")
-                if answer.status in REDIRECTS:
+                if answer.status in limits.REDIRECTS:
                     raise ServerError(
                         f"{self.url} leads on to {answer.headers.get('Location')}. If that is "
                         "ComfyUI, give that address."
@@ -335,7 +316,7 @@ class Client:
         while True:
             with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, OSError):
                 async with self._session.ws_connect(
-                    address, max_msg_size=LARGEST_EVENT, heartbeat=30
+                    address, max_msg_size=limits.LARGEST_EVENT, heartbeat=30
                 ) as socket:
                     async for message in socket:
                         if message.type == aiohttp.WSMsgType.TEXT:

@@ -21,7 +21,7 @@ from sd35_core.checkpoint.layouts import JOINED_IN_BLOCK, RENAMED, RENAMED_IN_BL
 from sd35_core.checkpoint.tensor_file import StateDict
 from sd35_core.network.config import HEAD_WIDTH, MMDiTXConfig
 from sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
-from tools import host
+from tools import install
 
 DIFFUSERS = ["diffusers==0.42.1", "importlib_metadata==10.2.0", "zipp==4.1.2"]
 
@@ -124,9 +124,9 @@ def with_attention(name: str, network: Call, *inputs: Tensor, **options: Any) ->
 
 def diffusers(config: MMDiTXConfig, weights: StateDict, device: Any) -> Call:
     """diffusers' SD3Transformer2DModel."""
-    folder = host.cache_root() / "bench"
+    folder = install.cache_root() / "bench"
     if not (folder / "diffusers").is_dir():
-        host.say("Fetching diffusers for the comparison ...")
+        install.say("Fetching diffusers for the comparison ...")
         pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         subprocess.run([*pip, "--no-deps", "--target", str(folder), *DIFFUSERS], check=True)
     if str(folder) not in sys.path:

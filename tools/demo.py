@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from automation import outside
 from sd35_core.whole_file import write_new, write_whole
 from sd35_core.words import printable
-from tools import host
+from tools import host, install
 
 OUT = Path("sd35_demo.png")
 ROOM = 16_000_000
@@ -174,7 +174,7 @@ def main() -> int:
         found = host.find(options.host)
         if not host.started_again():
             return host.start_again(found.python, __file__)
-        host.say(f"Starting ComfyUI {found.version} ...")
+        install.say(f"Starting ComfyUI {found.version} ...")
         with host.Server(found) as server:
             make_picture(server.url, options, prompt)
             if options.serve:

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import host
+from tools import host, install
 
 PEAK_GIB = 14.0
 
@@ -136,7 +136,7 @@ def main() -> int:
         path = Path(folder) / "models" / "diffusion_models" / "medium.safetensors"
         path.parent.mkdir(parents=True)
         print("Writing random weights (4.9 GB) ...", flush=True)
-        host.run([sys.executable, __file__, "--make", str(path)], "write the weights")
+        install.run([sys.executable, __file__, "--make", str(path)], "write the weights")
         return measure(path, found, Path(folder))
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd35_core.whole_file import write_text
-from tools import host
+from tools import host, install
 
 SUITES = ("tests-unit", "tests/execution")
 Outcomes = dict[str, str]
@@ -62,7 +62,7 @@ def compared(found: host.Host) -> tuple[Outcomes, Outcomes]:
             seen: Outcomes = {}
             for suite in SUITES:
                 seen |= outcomes(found, folder, suite)
-                host.say(f"{suite} {'with' if with_pack else 'without'} the pack: done")
+                install.say(f"{suite} {'with' if with_pack else 'without'} the pack: done")
             ended.append(seen)
     return ended[0], ended[1]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd35_core.whole_file import write_text
-from tools import host
+from tools import host, install
 
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
 """A set that fits together; left to itself PyPI gives torch and torchaudio for different CUDAs."""
@@ -40,13 +40,13 @@ def needed(version: str) -> list[str]:
     """What requirements.txt of a ComfyUI asks for, with torch pinned, and the tests' tools."""
     if version == "release":
         return RELEASE
-    text = (host.source(version)[0] / "requirements.txt").read_text(encoding="utf-8")
+    text = (install.source(version)[0] / "requirements.txt").read_text(encoding="utf-8")
     names = [line.split("#")[0].strip() for line in text.splitlines()]
     return [*TORCH, *TEST_TOOLS, *(n for n in names if n and not n.startswith(NOT_NEEDED))]
 
 
 def lock(version: str) -> Path:
-    target = host.lock_file(version)
+    target = install.lock_file(version)
     with tempfile.TemporaryDirectory() as temporary:
         source, made = Path(temporary) / "requirements.in", Path(temporary) / target.name
         write_text(source, "\n".join(needed(version)), replace=False)
@@ -54,14 +54,16 @@ def lock(version: str) -> Path:
             write_text(made, target.read_text(encoding="utf-8"), replace=False)  # its pins are kept
         options = ["--universal", "--python-version", "3.10", "--generate-hashes", "-q"]
         plain = ["--no-annotate", "--no-header", "--only-binary", ":all:", "--no-cache"]
-        host.run(["uv", "pip", "compile", *options, *plain, str(source), "-o", str(made)], "lock")
+        install.run(
+            ["uv", "pip", "compile", *options, *plain, str(source), "-o", str(made)], "lock"
+        )
         write_text(target, made.read_text(encoding="utf-8"), replace=True)
     return target
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Pin what ComfyUI and the tests need.")
-    parser.add_argument("versions", nargs="*", default=[*host.VERSIONS, "release"])
+    parser.add_argument("versions", nargs="*", default=[*install.VERSIONS, "release"])
     try:
         for version in parser.parse_args().versions:
             print(lock(version))

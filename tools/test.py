@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import chromium, host
+from tools import chromium, host, install
 from tools.nano.pictures import emoji_folder
 
 
@@ -24,7 +24,7 @@ def browser_path() -> str | None:
     """A Chromium for the browser tests: one that is there, or Debian's, installed."""
     found = chromium.find()
     if found is None and shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
-        host.say("Installing chromium for the tests of the canvas")
+        install.say("Installing chromium for the tests of the canvas")
         for command in (
             ["apt-get", "-qq", "update"],
             ["apt-get", "-qq", "install", "-y", "chromium"],
@@ -79,7 +79,7 @@ def main() -> int:
         ]
     codes = []
     for command in commands:
-        host.say("$ " + " ".join(["python", *command[1:]]))
+        install.say("$ " + " ".join(["python", *command[1:]]))
         codes.append(subprocess.call(command, cwd=host.PACK, env=environment))
     return max(codes, key=abs)
 

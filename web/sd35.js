@@ -19,18 +19,20 @@ const RECIPE = "sd35_recipe";
 const UNREAD = "Not shown: this node is bypassed, muted or in a subgraph that no node stands for.";
 const PAUSE = 120;
 
-const shown = new Set(); // {node, state, panel, visible, drawn}; no panel until wanted
+const board = {
+    entries: new Set(), // {node, state, panel, visible, drawn}; no panel until wanted
+    drawnFirst: [], // entries that the classic canvas has just drawn
+    recipes: {},
+    timer: null,
+    asked: "", // the last question
+    chosenModel: null, // the loader whose model a person has just chosen
+};
 const seen = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) {
         target.sd35.visible = isIntersecting;
         draw(target.sd35);
     }
 });
-const drawnFirst = []; // entries that the classic canvas has just drawn
-let recipes = {};
-let timer = null;
-let chosenModel = null;
-let last = "";
 
 function widget(node, name) {
     return node?.widgets?.find((found) => found.name === name);
@@ -48,8 +50,9 @@ function write(node, values) {
 
 function apply(node, state, key) {
     node.properties[RECIPE] = key;
-    write(node, recipes[key].sampler);
-    for (const path of state.skip_nodes) write(nodeAt(path), recipes[key].skip);
+    const { sampler, skip } = board.recipes[key];
+    write(node, sampler);
+    for (const path of state.skip_nodes) write(nodeAt(path), skip);
     refresh();
 }
 
@@ -71,49 +74,50 @@ function nodeAt(path) {
 }
 
 function refresh() {
-    clearTimeout(timer);
-    timer = setTimeout(() => ask().catch(() => (last = "")), PAUSE); // a server away is asked again
+    clearTimeout(board.timer);
+    const again = () => (board.asked = ""); // a server that was away is asked again
+    board.timer = setTimeout(() => ask().catch(again), PAUSE);
 }
 
 async function ask() {
-    if (!shown.size) return;
-    if (LiteGraph.vueNodesMode) shown.forEach(addPanel);
+    if (!board.entries.size) return;
+    if (LiteGraph.vueNodesMode) board.entries.forEach(addPanel);
     const workflow = app.graph.serialize();
     const nodes = workflow.nodes.map(({ id, type, mode, inputs, widgets_values, properties }) => ({
         id, type, mode, inputs, widgets_values, properties,
     }));
     const { links, definitions } = workflow;
     const body = JSON.stringify({ nodes, links, definitions });
-    if (body === last) return;
-    last = body;
+    if (body === board.asked) return;
+    board.asked = body;
     const answer = await api.fetchApi("/sd35/plan", {
         method: "POST",
         headers: { "Content-Type": "application/json" },
         body,
     });
     const plan = await answer.json();
-    if (body !== last) return;
+    if (body !== board.asked) return;
     if (answer.ok) show(plan);
     else refuse(plan.error);
 }
 
 // What a person chose belongs to the answer that did not come; nothing is filled in later.
 function refuse(words) {
-    chosenModel = null;
-    for (const entry of shown) {
-        entry.state = { refused: words };
+    board.chosenModel = null;
+    for (const entry of board.entries) {
+        entry.state = refused(words);
         draw(entry);
     }
 }
 
 function show(plan) {
-    const loader = chosenModel;
-    chosenModel = null;
-    for (const entry of shown) {
+    const loader = board.chosenModel;
+    board.chosenModel = null;
+    for (const entry of board.entries) {
         const { node } = entry;
         const paths = node.graph ? pathsOf(node) : [];
-        const state = paths.map((path) => plan[path]).find(Boolean) ?? { refused: UNREAD };
-        if (state.levels && loader === state.loader && loader !== null && state.model_recipe) {
+        const state = paths.map((path) => plan[path]).find(Boolean) ?? refused(UNREAD);
+        if (loader !== null && loader === state.loader && state.model_recipe) {
             apply(node, state, state.model_recipe);
         }
         entry.state = state;
@@ -128,17 +132,20 @@ function draw(entry) {
     const text = JSON.stringify(state);
     if (text === entry.drawn) return;
     entry.drawn = text;
-    panel.replaceChildren(...parts(node, state));
+    panel.replaceChildren(...PARTS[state.kind](node, state));
 }
 
-function parts(node, state) {
-    if (state.refused) return refusedPanel(state);
-    if (!state.levels) return layersPanel(state, { set: (layers) => write(node, { layers }) });
-    return samplerPanel(state, recipes, {
-        choose: (key) => apply(node, state, key),
-        restore: () => apply(node, state, state.recipe),
-    });
-}
+const refused = (words) => ({ kind: "refused", refused: words });
+
+const PARTS = {
+    refused: (node, state) => refusedPanel(state),
+    layers: (node, state) => layersPanel(state, { set: (layers) => write(node, { layers }) }),
+    sampler: (node, state) =>
+        samplerPanel(state, board.recipes, {
+            choose: (key) => apply(node, state, key),
+            restore: () => apply(node, state, state.recipe),
+        }),
+};
 
 function watch(node) {
     for (const found of node.widgets ?? []) {
@@ -147,8 +154,8 @@ function watch(node) {
             const result = before?.apply(this, values);
             const byHand = values.length > 1; // a file that is opened gives the value alone
             if (byHand && LOADERS.includes(node.comfyClass) && found.name === "model") {
-                chosenModel = pathsOf(node)[0] ?? null;
-                last = "";
+                board.chosenModel = pathsOf(node)[0] ?? null;
+                board.asked = "";
             }
             refresh();
             return result;
@@ -165,11 +172,11 @@ function watch(node) {
 // when it is first drawn. Nodes 2.0 draws none there, and builds a node fastest with its widgets.
 function expectPanel(node) {
     const entry = { node, state: null, panel: null, visible: false, drawn: "" };
-    shown.add(entry);
+    board.entries.add(entry);
     const removed = node.onRemoved;
     node.onRemoved = function (...values) {
         if (entry.panel) seen.unobserve(entry.panel);
-        shown.delete(entry);
+        board.entries.delete(entry);
         return removed?.apply(this, values);
     };
     if (LiteGraph.vueNodesMode) {
@@ -179,6 +186,7 @@ function expectPanel(node) {
     const drawn = node.onDrawForeground;
     node.onDrawForeground = function (...values) {
         node.onDrawForeground = drawn;
+        const { drawnFirst } = board;
         if (!drawnFirst.length) setTimeout(() => drawnFirst.splice(0).forEach(addPanel));
         drawnFirst.push(entry);
         return drawn?.apply(this, values);
@@ -187,7 +195,7 @@ function expectPanel(node) {
 
 function addPanel(entry) {
     const { node } = entry;
-    if (entry.panel || !shown.has(entry)) return;
+    if (entry.panel || !board.entries.has(entry)) return;
     const height = HEIGHTS[node.comfyClass];
     const panel = element("div", { class: "sd35-panel" });
     for (const kind of ["pointerdown", "wheel"]) {
@@ -214,7 +222,7 @@ app.registerExtension({
     async setup() {
         const style = { rel: "stylesheet", href: new URL("./sd35.css", import.meta.url).href };
         document.head.append(element("link", style));
-        recipes = await (await api.fetchApi("/sd35/recipes")).json();
+        board.recipes = await (await api.fetchApi("/sd35/recipes")).json();
         api.addEventListener("graphChanged", refresh);
         refresh();
     },
@@ -225,14 +233,14 @@ app.registerExtension({
         refresh();
     },
     beforeConfigureGraph(graph) {
-        chosenModel = null;
+        board.chosenModel = null;
         const words = toldApart(graph, LiteGraph.registered_node_types.SD35Loader);
         if (words) {
             app.extensionManager?.toast?.add({ severity: "info", summary: "SD35Loader", detail: words });
         }
     },
     afterConfigureGraph() {
-        last = "";
+        board.asked = "";
         refresh();
     },
 });

@@ -1,4 +1,4 @@
-"""What a workflow's files are, from their headers alone, as facts for the preflight."""
+"""What a workflow's files are, from their headers alone, as facts for the check."""
 
 from __future__ import annotations
 

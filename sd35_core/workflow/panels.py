@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -52,14 +53,12 @@ def answer(body: bytes, find: Find, seconds: float = math.inf) -> str:
     found, length = [], 0
     for key, node in graph.items():
         budget.spend()
-        if node["class_type"] == SAMPLER:
-            panel = sampler_panel(reader, key)
-        elif node["class_type"] == SKIP:
-            panel = skip_panel(reader, key)
-        else:
+        if node["class_type"] not in PANELS:
             continue
+        kind, panel = PANELS[node["class_type"]]
+        drawn = {"kind": kind, **panel(reader, key)}
         budget.spend()
-        found.append(f"{json.dumps(key)}: {json.dumps(panel, allow_nan=False)}")
+        found.append(f"{json.dumps(key)}: {json.dumps(drawn, allow_nan=False)}")
         length += len(found[-1])
         if length > LARGEST_ANSWER:
             raise TooLargeError(
@@ -145,3 +144,10 @@ def skip_panel(reader: Reader, key: str) -> dict[str, Any]:
     except SettingError as error:
         panel["error"] = str(error)
     return panel
+
+
+PANELS: dict[str, tuple[str, Callable[[Reader, str], dict[str, Any]]]] = {
+    SAMPLER: ("sampler", sampler_panel),
+    SKIP: ("layers", skip_panel),
+}
+"""Class of a node -> the kind of its panel, and what is on it."""

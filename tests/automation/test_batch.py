@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,55 +20,7 @@ from automation.waiting import Waiting
 from automation.workflow import Workflow, overridden
 from tools import host as hosts
 
-from ..conftest import PACK
-
-JOBS = 8
-
-
-@pytest.fixture
-def table(tmp_path: Path, quick: Workflow) -> Path:
-    """A JSONL of jobs and, beside it, the workflow that it names."""
-    (tmp_path / "quick.json").write_text(json.dumps(quick), encoding="utf-8")
-    rows = [
-        {"workflow": "quick.json", "seed": n, "set": {"Prompt.text": f"a big owl {n % 2}"},
-         "tags": {"n": n}}
-        for n in range(JOBS)
-    ]  # fmt: skip
-    path = tmp_path / "jobs.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return path
-
-
-def started(
-    table: Path, *options: str, before: Callable[[], None] | None = None
-) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(PACK), "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, "-m", "automation", "batch", str(table)]
-    return subprocess.Popen(
-        [*command, "--out", str(table.parent / "out"), *options],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-        preexec_fn=before,
-    )  # fmt: skip
-
-
-def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, error = process.communicate(timeout=240)
-    assert "Traceback" not in error, error
-    return process.returncode, out, error
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [
-        json.loads(line) for line in (folder / "manifest.jsonl").read_text("utf-8").splitlines()
-    ]
-
-
-def check_files(folder: Path) -> None:
-    """Every picture of the manifest is there, as it says, and nothing else."""
-    named = {f["name"]: f["sha256"] for entry in lines(folder) for f in entry.get("files", ())}
-    seen = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.png")}
-    assert seen == named
-    assert not list(folder.glob(".*.partial"))
+from .batches import JOBS, check_files, finished, lines, started
 
 
 def test_a_driver_killed_in_mid_batch_goes_on_and_draws_nothing_twice(

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from automation import batch, client, waiting
+from automation import batch, limits, waiting
 from automation.client import Client
 from automation.errors import AutomationError, RunError, ServerError, WorkflowError
 from automation.jobs import Table
@@ -127,10 +127,10 @@ HARMLESS: dict[str, FakeComfyUI] = {
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that a test can wait for."""
-    monkeypatch.setattr(client, "ANSWER_SECONDS", 1)
-    monkeypatch.setattr(client, "FILE_SECONDS", 1)
-    monkeypatch.setattr(client, "LARGEST_ANSWER", 2**22)
-    monkeypatch.setattr(client, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(limits, "ANSWER_SECONDS", 1)
+    monkeypatch.setattr(limits, "FILE_SECONDS", 1)
+    monkeypatch.setattr(limits, "LARGEST_ANSWER", 2**22)
+    monkeypatch.setattr(limits, "LOOK_SECONDS", 0.1)
     monkeypatch.setattr(waiting, "LATE_SECONDS", 2.0)
     monkeypatch.setattr(batch, "ENTER_SECONDS", 1.0)
 

@@ -21,7 +21,7 @@ from automation.manifest import opened
 from automation.workflow import Workflow
 from tools import host as hosts
 
-from .test_batch import check_files, finished, lines, started
+from .batches import check_files, finished, lines, started
 
 pytest.importorskip("ray", reason="Ray is not installed")
 JOBS = 40

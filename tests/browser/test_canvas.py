@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +14,8 @@ from tools import browser, workflows
 from tools import host as hosts
 
 from ..conftest import NANO, PACK
+from .conftest import SHOTS, read
 
-SHOTS = Path(__file__).parent / "screenshots"
 RUN_SECONDS = 120
 MISSING_FILES = """() => {
     const { $pinia } = document.querySelector("#vue-app").__vue_app__.config.globalProperties;
@@ -26,10 +24,6 @@ MISSING_FILES = """() => {
 }"""
 """What the front end lists as missing, with a button to download each."""
 WORKFLOWS = sorted(path.stem for path in (PACK / "workflows").glob("*.json"))
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def essence(prompt: dict[str, Any]) -> dict[str, Any]:

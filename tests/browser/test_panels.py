@@ -14,7 +14,7 @@ from tools import bench_canvas, browser
 from tools import host as hosts
 
 from ..conftest import PACK
-from .test_canvas import SHOTS, read
+from .conftest import SHOTS, read
 
 RENDERERS = {"classic": False, "nodes 2.0": True}
 SAMPLER, SKIP, LOADER = "SD35Sampler", "SkipLayerGuidance", "SD35Loader"

@@ -13,23 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd35_core.network.config import MMDiTXConfig
+from sd35_core.quantization.quantize import quantize_file
 from tools import host as hosts
 from tools.inprocess import import_pack
 
-from ..conftest import PACK
+from ..conftest import NANO, PACK
 from ..unit.models import random_weights
-
-SMALL = MMDiTXConfig(
-    depth=4,
-    hidden=256,
-    context_dim=4096,
-    pooled_dim=2048,
-    pos_embed_max_size=32,
-    qk_norm=True,
-    dual_blocks=(0, 1),
-)
-
+from .cases import KINDS, PLANS, SMALL, Conds, embedder_tensors
 
 FOLDERS = ("checkpoints", "controlnet", "diffusion_models", "loras", "text_encoders", "vae")
 
@@ -100,20 +90,6 @@ def stock(comfy: SimpleNamespace, small: Path) -> Any:
     return comfy.sd.load_diffusion_model(str(small))
 
 
-class Conds:
-    """Random encoded prompts of SD3.5's widths, the same for every test."""
-
-    def __init__(self, width: int = 4096, pooled: int = 2048):
-        generator = torch.Generator().manual_seed(11)
-
-        def cond(length: int) -> list[Any]:
-            pooled_output = torch.randn(1, pooled, generator=generator)
-            context = torch.randn(1, length, width, generator=generator)
-            return [[context, {"pooled_output": pooled_output}]]
-
-        self.positive, self.negative, self.longer = cond(77), cond(77), cond(154)
-
-
 @pytest.fixture(scope="session")
 def conds() -> Conds:
     return Conds()
@@ -140,12 +116,6 @@ def ksampler(comfy: SimpleNamespace, conds: Conds) -> Any:
     return sample
 
 
-def difference(seen: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest value."""
-    assert seen.shape == expected.shape
-    return float((seen - expected).abs().max() / expected.abs().max())
-
-
 @pytest.fixture(scope="session")
 def server(comfyui: hosts.Host, base: Path) -> Iterator[hosts.Server]:
     """A running host with the pack and the tests' models."""
@@ -159,3 +129,57 @@ def workflow() -> dict[str, Any]:
 
     path = PACK / "workflows" / "api" / "text_to_image.json"
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def files(base: Path) -> dict[str, Path]:
+    """One random ControlNet of each kind and type."""
+    paths = {}
+    for name, (kind, control_type) in KINDS.items():
+        paths[name] = base / "models" / "controlnet" / f"{name}.safetensors"
+        save_file(embedder_tensors(kind, control_type), paths[name])
+    return paths
+
+
+@pytest.fixture(scope="session")
+def vae(comfy: SimpleNamespace) -> Any:
+    return comfy.loading.vae_from(comfy.loading.read(NANO))
+
+
+@pytest.fixture(scope="session")
+def picture() -> Tensor:
+    """A smooth 128x128 picture, (1, 128, 128, 3) in 0..1."""
+    ramp = torch.linspace(0, 1, 128)
+    waves = [0.5 + 0.5 * torch.sin(9 * ramp[:, None] + k + 5 * ramp[None]) for k in range(3)]
+    return torch.stack(waves, dim=-1)[None]
+
+
+@pytest.fixture
+def controlled(
+    comfy: SimpleNamespace, files: dict[str, Path], vae: Any, picture: Tensor, conds: Conds
+) -> Any:
+    """(name, **settings) -> positive and negative with the ControlNet, by our nodes."""
+
+    def attach(name: str, **settings: Any) -> dict[str, Any]:
+        options = comfy.host_controlnet.Options(
+            settings.pop("near", "near is bright"), settings.pop("reference", "Stability AI")
+        )
+        loaded = comfy.host_controlnet.controlnet_from(comfy.loading.read(files[name]), options)
+        values = {
+            "positive": conds.positive, "negative": conds.negative, "control_net": loaded,
+            "vae": vae, "image": picture, "strength": 0.8, "start": 0.0, "end": 1.0, **settings,
+        }  # fmt: skip
+        out = comfy.controlnet.SD35ControlNetApply.execute(**values).result
+        return {"positive": out[0], "negative": out[1]}
+
+    return attach
+
+
+@pytest.fixture(scope="session")
+def quantized(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The small random model in each format."""
+    folder = tmp_path_factory.mktemp("quantized")
+    return {
+        name: quantize_file(small, plan, out=folder / f"{name}.safetensors")[0]
+        for name, plan in PLANS.items()
+    }

@@ -23,12 +23,17 @@ from sd35_core.network.layers import grid_positions
 from sd35_core.sampling.step_cache import PACES
 
 from ..unit.models import TINY, random_inputs, random_model, random_weights
-from .conftest import SMALL, Conds, difference
-from .test_controlnet import KINDS, controlled, files, picture, vae  # noqa: F401  (fixtures)
-from .test_model import hooked
-from .test_modulation_cache import adaln_lora
-from .test_quantized import PLANS, quantized  # noqa: F401  (a fixture)
-from .test_skip_layers import skipping, stock_skipping
+from .cases import (
+    KINDS,
+    PLANS,
+    SMALL,
+    Conds,
+    adaln_lora,
+    difference,
+    hooked,
+    skipping,
+    stock_skipping,
+)
 
 try:
     from ..card import device as cards

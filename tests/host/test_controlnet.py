@@ -23,66 +23,20 @@ from sd35_core.sampling.schedules import sigmas
 from tools.parity import weight
 
 from ..conftest import NANO
-from .conftest import SMALL, Conds, difference
-from .test_model import hooked, partially_loaded
-from .test_skip_layers import area, masked, skipping
+from .cases import (
+    KINDS,
+    SMALL,
+    Conds,
+    area,
+    difference,
+    hooked,
+    masked,
+    partially_loaded,
+    skipping,
+    small_layers,
+)
 
 EXACT = 2e-5
-KINDS = {"canny 8b": ("8b", 1), "canny 2b": ("2b", 1), "depth 2b": ("2b", 2), "blur 8b": ("8b", 0)}
-
-
-def embedder_tensors(kind: str, control_type: int | None, hidden: int = SMALL.hidden) -> Any:
-    pooled = hidden if kind == "2b" else SMALL.pooled_dim
-    config = ControlNetConfig(kind, 2, hidden, pooled)  # pyright: ignore[reportArgumentType]
-    model = ControlNetEmbedder(config, device="meta")
-    tensors = {k: weight(7, k, tuple(t.shape)) for k, t in model.state_dict().items()}
-    if control_type is not None:
-        tensors["control_type"] = torch.tensor([control_type], dtype=torch.int32)
-    return tensors
-
-
-@pytest.fixture(scope="session")
-def files(base: Path) -> dict[str, Path]:
-    """One random ControlNet of each kind and type."""
-    paths = {}
-    for name, (kind, control_type) in KINDS.items():
-        paths[name] = base / "models" / "controlnet" / f"{name}.safetensors"
-        save_file(embedder_tensors(kind, control_type), paths[name])
-    return paths
-
-
-@pytest.fixture(scope="session")
-def vae(comfy: SimpleNamespace) -> Any:
-    return comfy.loading.vae_from(comfy.loading.read(NANO))
-
-
-@pytest.fixture(scope="session")
-def picture() -> Tensor:
-    """A smooth 128x128 picture, (1, 128, 128, 3) in 0..1."""
-    ramp = torch.linspace(0, 1, 128)
-    waves = [0.5 + 0.5 * torch.sin(9 * ramp[:, None] + k + 5 * ramp[None]) for k in range(3)]
-    return torch.stack(waves, dim=-1)[None]
-
-
-@pytest.fixture
-def controlled(
-    comfy: SimpleNamespace, files: dict[str, Path], vae: Any, picture: Tensor, conds: Conds
-) -> Any:
-    """(name, **settings) -> positive and negative with the ControlNet, by our nodes."""
-
-    def attach(name: str, **settings: Any) -> dict[str, Any]:
-        options = comfy.host_controlnet.Options(
-            settings.pop("near", "near is bright"), settings.pop("reference", "Stability AI")
-        )
-        loaded = comfy.host_controlnet.controlnet_from(comfy.loading.read(files[name]), options)
-        values = {
-            "positive": conds.positive, "negative": conds.negative, "control_net": loaded,
-            "vae": vae, "image": picture, "strength": 0.8, "start": 0.0, "end": 1.0, **settings,
-        }  # fmt: skip
-        out = comfy.controlnet.SD35ControlNetApply.execute(**values).result
-        return {"positive": out[0], "negative": out[1]}
-
-    return attach
 
 
 @pytest.fixture
@@ -381,14 +335,6 @@ def test_another_bases_controlnet_is_refused(
         with pytest.raises(Exception, match=words):
             ksampler(ours, **controlled(kind))
         del files[kind]
-
-
-def small_layers(kind: str, hidden: int) -> dict[str, Tensor]:
-    """A whole ControlNet of one layer with a published model's width, of zeros."""
-    pooled = hidden if kind == "2b" else SMALL.pooled_dim
-    config = ControlNetConfig(kind, 1, hidden, pooled)  # pyright: ignore[reportArgumentType]
-    model = ControlNetEmbedder(config, device="meta")
-    return {k: torch.zeros(t.shape, dtype=torch.float16) for k, t in model.state_dict().items()}
 
 
 def test_layers_that_do_not_divide_the_base_are_refused(

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from tools import host as hosts
 
-from .test_controlnet import embedder_tensors, small_layers
-from .test_server import changed, picture
+from .cases import embedder_tensors, small_layers
+from .prompts import changed, picture
 
 NANO_CONTROLNET = "a canny for nano.safetensors"
 

@@ -21,9 +21,8 @@ from sd35_core.quantization.quantize import quantize_file
 from tools import host as hosts
 
 from ..conftest import NANO
-from .conftest import difference
-from .test_load import Prompt, short, skipping
-from .test_modulation_cache import adaln_lora
+from .cases import adaln_lora, difference
+from .prompts import Prompt, short, skipping
 
 OTHER, PACKED = "determinism other.safetensors", "determinism int8.safetensors"
 KINDS: dict[str, Prompt] = {

@@ -6,8 +6,6 @@ killed while it writes, values are not numbers.
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import io
 import json
 import logging
@@ -16,16 +14,13 @@ import re
 import shutil
 import sys
 import time
-import uuid
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import aiohttp
 import numpy as np
 import pytest
 import torch
@@ -37,18 +32,15 @@ from sd35_core.errors import CheckpointError
 from tools import host as hosts
 
 from ..conftest import NANO, PACK
-from .conftest import FOLDERS, Conds
-from .test_server import changed
+from .cases import Conds, sampled
+from .conftest import FOLDERS
+from .prompts import Event, Prompt, cancelled, changed, failed, followed, is_step
 
-ENDS = ("execution_success", "execution_error", "execution_interrupted")
 STEPS, MB = 3, 10**6
 MODEL, CONTROL = "copy.safetensors", "copied_canny.safetensors"
 CANNY = NANO.parent / "controlnet" / "sd35_nano_canny.safetensors"
 NUMBER = count(1)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits the server as only Linux can")
-
-Prompt = dict[str, Any]
-Event = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -121,60 +113,6 @@ def recovers(server: hosts.Server, first: np.ndarray) -> Iterator[None]:
     assert server.alive() and np.array_equal(drawn(server), first)
 
 
-def followed(url: str, prompt: Prompt, act: Callable[[Event], None]) -> Event:
-    """Queue a prompt, show every event of it to `act`, give the last."""
-
-    async def follow() -> Event:
-        client = uuid.uuid4().hex
-        async with (
-            aiohttp.ClientSession(url) as session,
-            session.ws_connect(f"/ws?clientId={client}", max_msg_size=0) as socket,
-        ):
-            answer = await session.post("/prompt", json={"prompt": prompt, "client_id": client})
-            assert answer.status == 200, await answer.text()
-            prompt_id = (await answer.json())["prompt_id"]
-            async for message in socket:
-                if message.type != aiohttp.WSMsgType.TEXT:
-                    continue
-                event = json.loads(message.data)
-                if event["data"].get("prompt_id") != prompt_id:
-                    continue
-                if event["type"] in ENDS:
-                    return event
-                act(event)
-        raise AssertionError("the server closed the connection")
-
-    return asyncio.run(follow())
-
-
-def cancelled(server: hosts.Server, prompt: Prompt, when: Callable[[Event], bool]) -> str:
-    """Interrupt a run at the first event that `when` waits for; the node at which it ended."""
-    asked: list[Event] = []
-
-    def act(event: Event) -> None:
-        if not asked and when(event):
-            asked.append(event)
-            hosts.call(server.url, "/interrupt", {})
-
-    end = followed(server.url, prompt, act)
-    assert asked and end["type"] == "execution_interrupted", end
-    return end["data"]["node_id"]
-
-
-def failed(
-    server: hosts.Server, prompt: Prompt, act: Callable[[Event], None] = lambda event: None
-) -> str:
-    """What the person is told of a run that ends in an error."""
-    end = followed(server.url, prompt, act)
-    assert end["type"] == "execution_error", end
-    return end["data"]["exception_message"]
-
-
-def is_step(event: Event, node: str, step: int) -> bool:
-    data = event["data"]
-    return event["type"] == "progress" and (data["node"], data["value"]) == (node, step)
-
-
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_a_run_can_be_cancelled_at_every_step(
     server: hosts.Server, recovers: None, step: int
@@ -197,17 +135,6 @@ def test_a_run_can_be_cancelled_while_it_loads_and_while_it_makes_a_hint(
         steered(),
         lambda event: event["type"] == "executing" and event["data"]["node"] == node,
     )
-
-
-def test_loading_ends_between_two_tensors_when_it_is_cancelled(comfy: SimpleNamespace) -> None:
-    import comfy.model_management as management
-
-    file = comfy.loading.read(NANO)
-    key = next(iter(file.tensors))
-    management.interrupt_current_processing()
-    with pytest.raises(management.InterruptProcessingException):
-        file.tensors[key]
-    assert file.tensors[key].numel()
 
 
 def quantizing(model: str = MODEL, format: str = "8 bit (int8)") -> Prompt:
@@ -261,31 +188,6 @@ def memory_of(server: hosts.Server) -> int:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_a_cancelled_run_with_a_controlnet_lets_the_model_go(comfy: SimpleNamespace) -> None:
-    import comfy.model_management as management
-
-    def cancel(_: Any) -> None:
-        management.interrupt_current_processing()
-        management.throw_exception_if_processing_interrupted()
-
-    model, file = comfy.loading.load_model(str(NANO), "default"), comfy.loading.read(NANO)
-    clip = comfy.text.clip_from(file, {"clip_l": None, "clip_g": None})
-    prompt = comfy.calibration.encoded(clip, "a big owl")
-    host, hint = comfy.host_controlnet, torch.zeros(1, 64, 64, 3)
-    control = host.controlnet_from(comfy.loading.read(CANNY), host.Options())
-    vae, node = comfy.loading.vae_from(file), comfy.controlnet.SD35ControlNetApply
-    steered = node.execute(prompt, prompt, control, vae, hint, 1.0, 0.0, 1.0).result
-    model.set_model_sampler_post_cfg_function(cancel)
-    with pytest.raises(management.InterruptProcessingException):
-        sampled(comfy, model, SimpleNamespace(positive=steered[0], negative=steered[1]))
-    network = weakref.ref(model.model.diffusion_model)
-    del model
-    management.unload_all_models()
-    gc.collect()
-    management.cleanup_models_gc()
-    assert network() is None
-
-
 def test_no_more_memory_in_mid_sampling_says_what_to_do(
     server: hosts.Server, workflow: Prompt, recovers: None
 ) -> None:
@@ -328,47 +230,6 @@ def huge(path: Path) -> Iterator[None]:
         file.truncate(8 + len(header) + size)
     yield
     path.unlink()
-
-
-def test_no_more_memory_on_the_card_stays_an_error_by_which_the_host_unloads_its_models(
-    comfy: SimpleNamespace, ours: Any, conds: Conds
-) -> None:
-    import comfy.model_management as management
-
-    before = sampled(comfy, ours, conds)
-    layer, calls = ours.model.diffusion_model.joint_blocks[2].x_block.mlp.fc2, count()
-
-    def full(*_: Any) -> None:
-        if next(calls) == 1:
-            raise management.OOM_EXCEPTION("Tried to allocate 20.00 MiB. GPU 0 is full.")
-
-    hook = layer.register_forward_pre_hook(full)
-    words = "sampling 2 pictures of 64x64 .20.00 MiB more were asked for.. Make the picture"
-    with pytest.raises(management.OOM_EXCEPTION, match=words):
-        sampled(comfy, ours, conds)
-    hook.remove()
-    assert ours.model.modulation_cache is None
-    assert torch.equal(sampled(comfy, ours, conds), before)
-
-
-def sampled(comfy: SimpleNamespace, model: Any, conds: Any) -> torch.Tensor:
-    """Two latents of SD35Sampler."""
-    node, latent = comfy.sampler.SD35Sampler, {"samples": torch.zeros(2, 16, 8, 8)}
-    prompts = conds.positive, conds.negative
-    out = node.execute(model, *prompts, latent, 1, 2, 4.0, 3.0, "euler", "simple", 1.0)
-    return out.result[0]["samples"]
-
-
-def test_a_file_of_which_memory_ends_is_not_called_damaged(
-    comfy: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def nothing_left(*_: Any) -> Any:
-        raise MemoryError
-
-    monkeypatch.setattr(comfy.loader.loading, "model_from", nothing_left)
-    widgets = ["from model file"] * 4
-    with pytest.raises(MemoryError, match=f"while loading '{NANO.name}'. Close other programs"):
-        comfy.loader.SD35Loader.execute(NANO.name, *widgets, "default")
 
 
 DELETED = "is not in ComfyUI's (diffusion_models or checkpoints|controlnet) folder any more. Put it"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sd35_core.checkpoint.gguf_file import GGUFFile
 from sd35_core.errors import CheckpointError
 
-from .conftest import difference
+from .cases import difference
 
 gguf = pytest.importorskip("gguf")
 

@@ -18,10 +18,9 @@ from torch import Tensor
 from sd35_core.packing.formats import VQ2, pack
 
 from ..conftest import NANO
+from ..unit.files import MANY_DIGITS, entry, of_vectors, write_header
 from ..unit.models import random_weights
-from ..unit.test_hostile_files import MANY_DIGITS, entry, of_vectors, write_header
-from .conftest import SMALL
-from .test_controlnet import embedder_tensors
+from .cases import SMALL, embedder_tensors
 
 SECONDS = 5.0
 """Of the processor's time: the host's own part takes a second where a file is read to its end."""

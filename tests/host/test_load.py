@@ -23,7 +23,7 @@ import pytest
 
 from tools import host as hosts
 
-from ..conftest import PACK
+from .prompts import WORKFLOWS, Prompt, short, skipping
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +33,6 @@ LOST_SECONDS = 600
 ALLOWED_MB = 60
 """Growth after the first two fifths. Measured: 20 of 500 prompts, 10 kB a prompt of it ComfyUI's
 history. A leaked copy of the model would be 39 MB a time."""
-WORKFLOWS: dict[str, dict[str, Any]] = {
-    "text_to_image": {"width": 64, "height": 64},
-    "image_to_image": {},
-    "inpaint": {},
-    "controlnet_canny": {},
-}
-"""Files of workflows/api, and what is set in them."""
 SEEDS = (1, 2, 3)
 LONG = {"seed": 9, "steps": 500}
 """Never done. One seed alone: of every other prompt that does not end ComfyUI keeps 70 to 300 kB,
@@ -56,29 +49,8 @@ KINDS = {
 }
 """What a prompt comes to -> how often."""
 
-Prompt = dict[str, Any]
 Key = tuple[str, int]
 """(workflow, seed)."""
-
-
-def short(name: str, seed: int = 1, steps: int = 3, **inputs: Any) -> Prompt:
-    """A workflow of few steps; `inputs` are set in the widgets of every node that has them."""
-    path = PACK / "workflows" / "api" / f"{name}.json"
-    prompt = json.loads(path.read_text(encoding="utf-8"))
-    values = {"seed": seed, "steps": steps, **WORKFLOWS[name], **inputs}
-    for node in prompt.values():
-        widgets = {k for k, v in node["inputs"].items() if not isinstance(v, list)}
-        node["inputs"].update({k: v for k, v in values.items() if k in widgets})
-    return prompt
-
-
-def skipping(**inputs: Any) -> Prompt:
-    """Text to image with Skip Layer Guidance."""
-    prompt = short("text_to_image")
-    values = {"model": ["1", 0], "layers": "1", "scale": 2.0, "start": 0.0, "end": 0.5, **inputs}
-    prompt["20"] = {"class_type": "SkipLayerGuidance", "inputs": values}
-    prompt["5"]["inputs"]["model"] = ["20", 0]
-    return prompt
 
 
 def linked(value: Any) -> Prompt:

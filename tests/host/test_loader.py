@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..conftest import NANO
+from ..unit.files import to_diffusers
 from ..unit.models import random_weights
-from ..unit.test_checkpoint import to_diffusers
-from .conftest import SMALL, difference
+from .cases import SMALL, difference
 
 WHOLE = {"clip_l": None, "clip_g": None, "t5xxl": None}
 PROMPT = "a small avocado at the top left"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .conftest import Conds, difference
+from .cases import Conds, count_calls, difference, hooked, lora, partially_loaded
 
 EXACT = 1e-5
 
@@ -41,42 +41,6 @@ def test_unequal_prompt_lengths_equal_the_hosts_own_model(
     assert difference(ksampler(ours, **settings), ksampler(stock, **settings)) < EXACT
 
 
-def lora(kind: str, rank: int = 4) -> dict[str, Tensor]:
-    """The same change of three layers in a trainer's own key names."""
-    generator = torch.Generator().manual_seed(3)
-
-    def pair(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        return (
-            0.05 * torch.randn(rows, rank, generator=generator),
-            torch.randn(rank, columns, generator=generator),
-        )
-
-    q, out, mlp = pair(256, 256), pair(256, 256), pair(1024, 256)
-    empty = (torch.zeros(256, rank), torch.zeros(rank, 256))
-    diffusers = {"attn.to_q": q, "attn.to_out.0": out, "ff.net.0.proj": mlp}
-    if kind == "diffusers":
-        prefix = "transformer.transformer_blocks.1."
-        return {
-            f"{prefix}{name}.lora_{side}.weight": weight
-            for name, (up, down) in diffusers.items()
-            for side, weight in (("B", up), ("A", down))
-        }
-    if kind == "onetrainer":
-        prefix = "lora_transformer_transformer_blocks_1_"
-        return {
-            f"{prefix}{name.replace('.', '_')}.lora_{side}.weight": weight
-            for name, (up, down) in diffusers.items()
-            for side, weight in (("up", up), ("down", down))
-        }
-    qkv_up = torch.cat([q[0], empty[0], empty[0]])
-    names = {"x_block_attn_qkv": (qkv_up, q[1]), "x_block_attn_proj": out, "x_block_mlp_fc1": mlp}
-    return {
-        f"lora_unet_joint_blocks_1_{name}.lora_{side}.weight": weight
-        for name, (up, down) in names.items()
-        for side, weight in (("up", up), ("down", down))
-    }
-
-
 @pytest.mark.parametrize("kind", ["diffusers", "kohya", "onetrainer"])
 def test_a_lora_of_each_dialect_acts_as_on_the_hosts_own_model(
     comfy: SimpleNamespace, ours: Any, stock: Any, ksampler: Any, kind: str
@@ -96,29 +60,12 @@ def test_the_three_dialects_are_the_same_change(
     assert difference(out[0], out[1]) < EXACT and difference(out[0], out[2]) < EXACT
 
 
-def hooked(comfy: SimpleNamespace, conds: Conds, strength: float = 1.0) -> list[Any]:
-    """The positive prompt with the LoRA attached to it alone."""
-    import comfy.hooks as hooks
-
-    group = hooks.create_hook_lora(lora("kohya"), strength, 0.0)
-    return hooks.set_conds_props([conds.positive], 1.0, "default", hooks=group)[0]
-
-
 def test_a_lora_hook_acts_on_its_prompt_alone_as_on_the_hosts_own_model(
     comfy: SimpleNamespace, ours: Any, stock: Any, ksampler: Any, conds: Conds
 ) -> None:
     seen = ksampler(ours, positive=hooked(comfy, conds))
     assert difference(seen, ksampler(stock, positive=hooked(comfy, conds))) < EXACT
     assert difference(seen, ksampler(ours)) > 1e-3
-
-
-def partially_loaded(model: Any, budget: int) -> Any:
-    """A clone with `budget` bytes of weights loaded, the rest cast when used."""
-    clone = model.clone()
-    clone.load_device = torch.device("cpu")
-    clone.model.to("cpu")
-    clone.load(torch.device("cpu"), lowvram_model_memory=budget, full_load=False)
-    return clone
 
 
 @pytest.mark.parametrize("budget", [1, 2_000_000, 10_000_000, 30_000_000])
@@ -207,15 +154,6 @@ def test_model_sampling_sd3_moves_the_schedule(ours: Any, stock: Any, ksampler: 
     seen = ksampler(patch(ours, 1.5)[0])
     assert difference(seen, ksampler(patch(stock, 1.5)[0])) < EXACT
     assert difference(seen, ksampler(ours)) > 1e-3
-
-
-def count_calls(model: Any) -> list[int]:
-    """The batch sizes of the network's own runs, as they come."""
-    calls: list[int] = []
-    model.model.diffusion_model.x_embedder.register_forward_hook(
-        lambda module, inputs, output: calls.append(len(output))
-    )
-    return calls
 
 
 def test_easycache_skips_steps(ours: Any, ksampler: Any) -> None:

@@ -9,14 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from sd35_core.network import modulation_cache
 
-from .conftest import Conds
-from .test_controlnet import controlled, files, picture, vae  # noqa: F401  (fixtures)
-from .test_model import hooked, lora, partially_loaded
-from .test_skip_layers import cases, skipping
+from .cases import Conds, adaln_lora, cases, hooked, partially_loaded, skipping
 
 SETTINGS = cases(Conds())
 
@@ -29,14 +25,6 @@ def models(comfy: SimpleNamespace, small: Path) -> tuple[Any, Any]:
         return comfy.loading.load_model(str(small), "default", mode)
 
     return load("on"), load("off")
-
-
-def adaln_lora() -> dict[str, Tensor]:
-    """A LoRA of the weights that rest, and of others."""
-    generator = torch.Generator().manual_seed(4)
-    name = "lora_unet_joint_blocks_2_x_block_adaLN_modulation_1"
-    up, down = (torch.randn(s, generator=generator) for s in ((6 * 256, 4), (4, 256)))
-    return {**lora("kohya"), f"{name}.lora_up.weight": 0.02 * up, f"{name}.lora_down.weight": down}
 
 
 @pytest.mark.parametrize("case", list(SETTINGS))

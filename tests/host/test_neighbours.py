@@ -17,7 +17,7 @@ from tools import host as hosts
 
 from ..conftest import PACK
 from ..unit.models import random_weights
-from .conftest import SMALL
+from .cases import SMALL
 
 LOAD = Path(__file__).parent / "load_beside.py"
 NAUGHTY = """

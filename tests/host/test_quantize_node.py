@@ -14,8 +14,7 @@ import torch
 from sd35_core.checkpoint.tensor_file import TensorFile
 
 from ..conftest import NANO, PACK
-from .conftest import difference
-from .test_model import lora
+from .cases import difference, lora
 
 PROMPTS = "a big avocado on a pink background\na small owl on a blue background"
 DEPTH = PACK / "models" / "nano" / "controlnet" / "sd35_nano_depth.safetensors"

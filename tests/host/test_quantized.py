@@ -12,16 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sd35_core.checkpoint.loading import load
-from sd35_core.packing.formats import FP8, INT8, RAW_FP8, VQ2, format_of, packed_under, unpack
+from sd35_core.packing.formats import INT8, RAW_FP8, VQ2, format_of, packed_under, unpack
 from sd35_core.packing.layers import adds_exactly
 from sd35_core.quantization.plan import Plan
 from sd35_core.quantization.quantize import quantize_file
 
-from .conftest import Conds, difference
-from .test_controlnet import KINDS, embedder_tensors
-from .test_model import hooked, lora, partially_loaded
-
-PLANS = {"int8": Plan(8, INT8), "fp8": Plan(8, FP8), "2 bit": Plan(2, INT8)}
+from ..conftest import NANO
+from .cases import KINDS, PLANS, Conds, difference, embedder_tensors, hooked, lora, partially_loaded
 
 
 def unpacked(path: Path, out: Path) -> Path:
@@ -37,16 +34,6 @@ def unpacked(path: Path, out: Path) -> Path:
     assert layers
     save_file({k: t.contiguous() for k, t in tensors.items()}, out)
     return out
-
-
-@pytest.fixture(scope="session")
-def quantized(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The small random model in each format."""
-    folder = tmp_path_factory.mktemp("quantized")
-    return {
-        name: quantize_file(small, plan, out=folder / f"{name}.safetensors")[0]
-        for name, plan in PLANS.items()
-    }
 
 
 @pytest.fixture(scope="session")
@@ -191,8 +178,6 @@ def test_packed_controlnets_and_bases_steer_as_unpacked_ones(
     name: str, comfy: SimpleNamespace, packed_controls: Any, models: Any, ours: Any, ksampler: Any,
     conds: Conds,
 ) -> None:  # fmt: skip
-    from .test_loader import NANO
-
     vae = comfy.loading.vae_from(comfy.loading.read(NANO))
     picture = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(0))
 

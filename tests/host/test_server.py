@@ -19,22 +19,8 @@ from tools import host as hosts
 
 from ..conftest import NANO
 from ..unit.models import random_weights
-from .conftest import SMALL
-
-
-def picture(server: hosts.Server, workflow: dict[str, Any]) -> np.ndarray:
-    (data,) = hosts.pictures(server.url, hosts.run_prompt(server.url, workflow))
-    return np.asarray(Image.open(io.BytesIO(data)))
-
-
-def changed(workflow: dict[str, Any], **inputs: Any) -> dict[str, Any]:
-    """A copy with inputs set on whichever node has them."""
-    workflow = copy.deepcopy(workflow)
-    for name, value in inputs.items():
-        nodes = [node for node in workflow.values() if name in node["inputs"]]
-        assert nodes, name
-        nodes[0]["inputs"][name] = value
-    return workflow
+from .cases import SMALL
+from .prompts import changed, picture
 
 
 def test_a_picture_comes_with_progress_and_the_same_seed_gives_the_same(

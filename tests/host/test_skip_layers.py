@@ -13,65 +13,9 @@ from safetensors.torch import save_file
 from sd35_core.network.config import MMDiTXConfig
 
 from ..unit.models import random_weights
-from .conftest import Conds, difference
-from .test_model import hooked
+from .cases import Conds, cases, difference, hooked, skipping, stock_skipping
 
 EXACT = 1e-5
-
-
-def skipping(comfy: SimpleNamespace, model: Any, layers: str = "1, 2", **settings: Any) -> Any:
-    values = {"scale": 2.5, "start": 0.01, "end": 0.5, **settings}
-    return comfy.guidance.SkipLayerGuidance.execute(model, layers, **values).result[0]
-
-
-def stock_skipping(model: Any, layers: str = "1, 2", end: float = 0.5) -> Any:
-    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
-
-    return SkipLayerGuidanceDiT.execute(model, 2.5, 0.01, end, double_layers=layers).result[0]
-
-
-def area(cond: list[Any], x: float, **more: Any) -> list[Any]:
-    """The cond on the left or right half only."""
-    values = {
-        "area": ("percentage", 1.0, 0.5, 0.0, x),
-        "strength": 1.0,
-        "set_area_to_bounds": False,
-    }
-    return [[c, {**d, **values, **more}] for c, d in cond]
-
-
-def masked(cond: list[Any]) -> list[Any]:
-    mask = torch.zeros(1, 128, 128)
-    mask[:, :, :64] = 1
-    return [
-        [c, {**d, "mask": mask, "mask_strength": 0.8, "set_area_to_bounds": False}] for c, d in cond
-    ]
-
-
-def cases(conds: Conds) -> dict[str, dict[str, Any]]:
-    return {
-        "plain": {},
-        "cfg 1": {"cfg": 1.0},
-        "batch": {"latent": {"samples": torch.zeros(3, 16, 16, 12)}},
-        "unequal lengths": {"negative": conds.longer},
-        "long prompt": {"positive": conds.longer},
-        "areas": {"positive": area(conds.positive, 0.0) + area(conds.longer, 0.5) + conds.negative},
-        "mask": {"positive": masked(conds.positive) + conds.longer},
-        "two prompts": {"positive": conds.positive + conds.longer},
-        "range": {
-            "positive": [
-                [c, {**d, "start_percent": 0.1, "end_percent": 0.6}] for c, d in conds.positive
-            ]
-            + conds.longer
-        },
-        "inpaint": {
-            "latent": {
-                "samples": torch.ones(1, 16, 16, 16),
-                "noise_mask": torch.nn.functional.pad(torch.ones(1, 1, 64, 128), (0, 0, 0, 64)),
-            }
-        },
-        "image to image": {"latent": {"samples": torch.ones(1, 16, 16, 16)}},
-    }
 
 
 @pytest.mark.parametrize("case", list(cases(Conds())))

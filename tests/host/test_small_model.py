@@ -18,7 +18,7 @@ from tools.nano.scenes import PLACES, parse, render
 from tools.nano.scoring import draw, judge_all, unseen
 
 from ..conftest import NANO
-from .conftest import difference
+from .cases import difference
 
 WHOLE = {"clip_l": None, "clip_g": None, "t5xxl": None}
 CAPTION = "a small avocado at the top left on a sky blue background"

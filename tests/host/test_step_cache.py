@@ -10,9 +10,7 @@ import torch
 
 from sd35_core.sampling.step_cache import Pace
 
-from .conftest import Conds, difference
-from .test_model import count_calls
-from .test_skip_layers import skipping
+from .cases import Conds, count_calls, difference, skipping
 
 ALWAYS = Pace(1e9, 1)
 """Leaves out every other step, however large the change (random weights change a lot)."""

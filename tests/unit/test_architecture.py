@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-CORE = ROOT / "sd35_core"
+from tools.rooms import CORE, DRAWING, ROOT, between_rooms, circle, drawing, imports, used
+
 ROOMS = {
     "__init__": set(),
     "words": set(),
@@ -35,75 +35,18 @@ ROOMS = {
 HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server"}
 
 
-def imports(path: Path) -> set[str]:
-    """Absolute dotted names that a module of this repository imports anywhere.
-
-    `from a import b` counts as a.b, whether b is a module or something in one.
-    """
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) + 1 - node.level] if node.level else ()
-            whole = ".".join([*above, *([node.module] if node.module else [])])
-            found |= {f"{whole}.{alias.name}" for alias in node.names}
-    return found
-
-
 def outside(path: Path) -> set[str]:
     """Top-level names that a module imports."""
     return {name.split(".")[0] for name in imports(path)}
 
 
-def used(root: Path) -> dict[str, set[str]]:
-    """Module under a package, dotted -> those of the package's modules that it imports."""
-    files = {
-        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in sorted(root.rglob("*.py"))
-    }
-    prefix = f"{root.relative_to(ROOT).as_posix().replace('/', '.')}."
-    found: dict[str, set[str]] = {}
-    for module, path in files.items():
-        names = {n.removeprefix(prefix) for n in imports(path) if f"{n}.".startswith(prefix)}
-        owners = {next((n for n in above(name) if n in files), name) for name in names}
-        found[module] = owners - {module}
-    return found
-
-
-def above(name: str) -> list[str]:
-    """a.b.c -> a.b.c, a.b, a."""
-    parts = name.split(".")
-    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-
-
-def room(module: str) -> str:
-    return module.split(".")[0]
-
-
-def between_rooms(modules: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Room -> the other rooms that something in it imports."""
-    found: dict[str, set[str]] = {room(module): set() for module in modules}
-    for module, targets in modules.items():
-        found[room(module)] |= {room(target) for target in targets} - {room(module)}
-    return found
-
-
-def circle(modules: dict[str, set[str]]) -> list[str]:
-    """Modules that import each other in a ring; none where each can be imported first."""
-    left = {module: set(targets) for module, targets in modules.items()}
-    while left:
-        free = [module for module, targets in left.items() if not targets & set(left)]
-        if not free:
-            return sorted(left)
-        for module in free:
-            del left[module]
-    return []
-
-
 def test_each_room_of_the_core_imports_what_the_drawing_says() -> None:
     assert between_rooms(used(CORE)) == ROOMS
+
+
+def test_the_drawing_in_the_readme_shows_the_rooms_as_they_are() -> None:
+    assert DRAWING.read_text(encoding="utf-8") == drawing(), "run python tools/rooms.py"
+    assert f"({DRAWING.relative_to(ROOT).as_posix()})" in (ROOT / "README.md").read_text("utf-8")
 
 
 def test_no_modules_of_the_core_import_each_other() -> None:
@@ -128,9 +71,8 @@ def test_the_core_imports_no_host() -> None:
     ],
 )
 def test_an_import_in_a_package_in_a_package_is_seen(
-    planted: str, seen: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted: str, seen: set[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     inner = tmp_path / "sd35_core" / "room" / "inner"
     inner.mkdir(parents=True)
     for name in ("__init__", "pipeline", "room/__init__", "room/other", "room/inner/sibling"):
@@ -160,6 +102,25 @@ def test_the_pack_uses_no_pickle_eval_network_or_subprocess() -> None:
                 if isinstance(n, ast.Name)
             }
             assert not names & {"eval", "exec", "print"}, path
+
+
+LONGEST = {
+    **dict.fromkeys(("sd35_core", "nodes", "automation", "web"), 350),
+    **dict.fromkeys(("tools", "tests"), 450),
+}
+"""Lines of a file."""
+
+
+def test_every_file_can_be_read_at_once() -> None:
+    for folder, most in LONGEST.items():
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".js"):
+                assert len(path.read_text(encoding="utf-8").splitlines()) <= most, path
+
+
+def test_no_test_imports_another() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not any(".test_" in name for name in imports(path)), path
 
 
 LENT = {"sd35_core", "sd35_core.whole_file", "sd35_core.words"}

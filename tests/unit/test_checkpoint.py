@@ -17,65 +17,10 @@ from sd35_core.network.config import VARIANTS, config_from_shapes
 from sd35_core.network.mmditx import MMDiTX
 from sd35_core.workflow.headers import model_in
 
+from .files import to_diffusers
 from .models import TINY, random_inputs, random_model, random_weights
 
 StateDict = dict[str, Tensor]
-
-
-def to_diffusers(weights: StateDict) -> StateDict:
-    """The inverse of `from_diffusers`, written from diffusers' own module names."""
-    top = {
-        "pos_embed": "pos_embed.pos_embed",
-        "x_embedder.proj": "pos_embed.proj",
-        "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-        "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-        "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
-        "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
-        "context_embedder": "context_embedder",
-        "final_layer.linear": "proj_out",
-        "final_layer.adaLN_modulation.1": "norm_out.linear",
-    }
-    inner = {
-        "x_block.adaLN_modulation.1": "norm1.linear",
-        "context_block.adaLN_modulation.1": "norm1_context.linear",
-        "x_block.attn.proj": "attn.to_out.0",
-        "context_block.attn.proj": "attn.to_add_out",
-        "x_block.attn.ln_q": "attn.norm_q",
-        "x_block.attn.ln_k": "attn.norm_k",
-        "context_block.attn.ln_q": "attn.norm_added_q",
-        "context_block.attn.ln_k": "attn.norm_added_k",
-        "x_block.attn2.proj": "attn2.to_out.0",
-        "x_block.attn2.ln_q": "attn2.norm_q",
-        "x_block.attn2.ln_k": "attn2.norm_k",
-        "x_block.mlp.fc1": "ff.net.0.proj",
-        "x_block.mlp.fc2": "ff.net.2",
-        "context_block.mlp.fc1": "ff_context.net.0.proj",
-        "context_block.mlp.fc2": "ff_context.net.2",
-    }
-    joined = {
-        "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-        "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-        "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    }
-    last = f"joint_blocks.{TINY.depth - 1}.context_block.adaLN_modulation"
-    out: StateDict = {}
-    for key, tensor in weights.items():
-        if "final_layer.adaLN" in key or key.startswith(last):
-            tensor = torch.cat(tensor.chunk(2)[::-1])
-        name, _, suffix = key.rpartition(".")
-        if key in top:
-            out[top[key]] = tensor
-        elif name in top:
-            out[f"{top[name]}.{suffix}"] = tensor
-        else:
-            _, index, rest = name.split(".", 2)
-            block = f"transformer_blocks.{index}"
-            if rest in joined:
-                for part, piece in zip(joined[rest], tensor.chunk(3)):
-                    out[f"{block}.{part}.{suffix}"] = piece.clone()
-            else:
-                out[f"{block}.{inner[rest]}.{suffix}"] = tensor
-    return out
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])

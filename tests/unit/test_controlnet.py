@@ -10,47 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sd35_core.checkpoint.controlnet import config_of, controlnet, load_controlnet
-from sd35_core.checkpoint.tensor_file import StateDict
 from sd35_core.errors import CheckpointError
 from sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
 from sd35_core.workflow.headers import control_in
 
+from .files import embedder, in_diffusers_keys
 from .models import TINY, random_inputs, random_model
 
 KINDS = ("8b", "2b")
-
-
-def embedder(kind: str, layers: int = 2) -> ControlNetEmbedder:
-    torch.manual_seed(3)
-    pooled = TINY.hidden if kind == "2b" else TINY.pooled_dim
-    model = ControlNetEmbedder(ControlNetConfig(kind, layers, TINY.hidden, pooled))  # pyright: ignore[reportArgumentType]
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    return model.requires_grad_(False)
-
-
-def in_diffusers_keys(tensors: StateDict) -> StateDict:
-    """What diffusers' SD3ControlNetModel calls them."""
-    names = {
-        "x_embedder.proj": "pos_embed.proj",
-        "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-        "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-        "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
-        "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
-    }
-    parts = {"adaLN_modulation.1": "norm1.linear", "attn.proj": "attn.to_out.0",
-             "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"}  # fmt: skip
-    found: StateDict = {}
-    for key, tensor in tensors.items():
-        name, suffix = key.rsplit(".", 1)
-        if ".attn.qkv" in name:
-            for letter, part in zip("qkv", tensor.chunk(3)):
-                found[f"{name.replace('qkv', f'to_{letter}')}.{suffix}"] = part
-            continue
-        for ours, theirs in parts.items():
-            name = name.replace(f".{ours}", f".{theirs}") if "transformer_blocks" in name else name
-        found[f"{names.get(name, name)}.{suffix}"] = tensor
-    return found
 
 
 def run(model: ControlNetEmbedder) -> list[Tensor]:

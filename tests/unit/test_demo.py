@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from automation import outside
-from tools import demo, host
+from tools import demo, host, install
 from tools.nano import pictures
 
 web = pytest.importorskip("aiohttp.web")
@@ -304,9 +304,9 @@ def test_what_killed_fetches_left_is_removed(
     def refused(*_: Any) -> None:
         raise host.HostError("no network")
 
-    monkeypatch.setattr(host, "run", refused)
+    monkeypatch.setattr(install, "run", refused)
     with pytest.raises(host.HostError, match="no network"):
-        host._fetch_source(tmp_path, Path(sys.executable), "0", "")
+        install._fetch_source(tmp_path, Path(sys.executable), "0", "")
     assert list(tmp_path.iterdir()) == [kept]
 
 

@@ -37,9 +37,8 @@ from sd35_core.workflow import headers
 from sd35_core.workflow.setup import Model
 
 from ..fuzzing import JUNK, SIZES, WRITTEN, survives
+from .files import embedder, to_diffusers
 from .models import finish_gguf, random_inputs, random_model, random_weights
-from .test_checkpoint import to_diffusers
-from .test_controlnet import embedder
 
 KEYS = st.sampled_from(
     [

@@ -9,7 +9,7 @@ import tarfile
 import urllib.request
 from pathlib import Path
 
-from tools.host import HostError, cache_root, locked, say
+from tools.install import HostError, cache_root, locked, say
 
 URL = "https://registry.npmjs.org/@lobehub/fluent-emoji-3d/-/fluent-emoji-3d-1.1.0.tgz"
 LARGEST = 2**26
