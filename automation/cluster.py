@@ -30,9 +30,10 @@ from filelock import FileLock, Timeout
 
 from . import bound
 from .answers import File, Result
-from .client import RESTARTS, Client
+from .client import Client
 from .errors import AutomationError, LostError, RunError, ServerError
 from .files import Place
+from .limits import RESTARTS
 from .workflow import Workflow
 
 PACK = Path(__file__).parents[1]

@@ -20,7 +20,7 @@ class SD35Extension(ComfyExtension):
 
     async def on_load(self) -> None:
         canvas.serve()
-        namesake.serve(SD35Loader)
+        namesake.serve_namesake(SD35Loader)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         own = [
@@ -37,4 +37,4 @@ class SD35Extension(ComfyExtension):
             SD35Quantize,
             SD35Check,
         ]
-        return namesake.listed(own, SD35Loader)
+        return namesake.listed_first(own, SD35Loader)

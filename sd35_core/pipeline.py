@@ -20,8 +20,8 @@ from .encoders.text_encoder import (
     Tokenize,
     check_encoder,
     encoder_configs,
-    joined,
-    padded,
+    joined_encodings,
+    padded_tokens,
 )
 from .network.controlnet import ControlNetEmbedder
 from .network.latent import CHANNELS, PIXELS, from_model
@@ -83,10 +83,12 @@ class Pipeline:
         ids = [self.tokenize(caption) for caption in captions]
         encoded = []
         for name, encoder in self.encoders.items():
-            tokens = torch.tensor([padded(row, encoder.config) for row in ids], device=self.device)
+            tokens = torch.tensor(
+                [padded_tokens(row, encoder.config) for row in ids], device=self.device
+            )
             hidden, pooled = encoder(tokens)
             encoded.append((0 * hidden, 0 * pooled) if name == without else (hidden, pooled))
-        return joined(encoded, self.network.config.context_dim)
+        return joined_encodings(encoded, self.network.config.context_dim)
 
     @torch.no_grad()
     def draw(

@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sd35_core.checkpoint.controlnet import config_of
+from sd35_core.checkpoint.controlnet import controlnet_config
 from sd35_core.checkpoint.loading import checked_config
 from sd35_core.errors import SD35Error
 from sd35_core.network.controlnet import ControlNetEmbedder
@@ -92,7 +92,7 @@ def check_mmditx(record: Record, tensors: Tensors) -> Iterator[Difference]:
 
 def check_controlnet(record: Record, tensors: Tensors) -> Iterator[Difference]:
     base, weights = model_of(record), state_dict(record, "controlnet_")
-    control = ControlNetEmbedder(config_of(weights))
+    control = ControlNetEmbedder(controlnet_config(weights))
     control.load_state_dict(weights)
     x, sigma, y = (tensors[f"in.{name}"] for name in ("x", "sigma", "y"))
     residuals = control(base, x, 1000 * sigma, y, tensors["in.hint_latent"])

@@ -19,7 +19,7 @@ from sd35_core.errors import SettingError
 from sd35_core.workflow.check import LARGEST_FILE, SECONDS, check, files_under
 from sd35_core.workflow.finding import Finding
 from sd35_core.workflow.reader import Find
-from sd35_core.workflow.workflow_file import read
+from sd35_core.workflow.workflow_file import read_workflow
 
 KINDS = (".json", ".png", ".webp")
 
@@ -28,7 +28,7 @@ def looked_at(path: Path, find: Find) -> dict[str, list[Finding]]:
     """Sampler -> findings. Raises SettingError, and whatever is a fault."""
     if path.stat().st_size > LARGEST_FILE:
         raise SettingError("It is too large for a workflow.")
-    return check(read(path.read_bytes()), find, SECONDS)
+    return check(read_workflow(path.read_bytes()), find, SECONDS)
 
 
 def main() -> int:

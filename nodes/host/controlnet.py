@@ -18,14 +18,14 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...sd35_core.checkpoint.controlnet import config_of, controlnet
+from ...sd35_core.checkpoint.controlnet import controlnet, controlnet_config
 from ...sd35_core.checkpoint.loading import weights_for
 from ...sd35_core.encoders.hints import NEAR, Near, rgb, vae_input
 from ...sd35_core.errors import SettingError
 from ...sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
 from ...sd35_core.network.latent import PIXELS
 from ...sd35_core.network.layers import grid_positions
-from ...sd35_core.network.mmditx import padded
+from ...sd35_core.network.mmditx import padded_latent
 from ...sd35_core.packing.formats import is_packed
 from . import packed, processor
 from .loading import ModelFile, by_the_host
@@ -122,7 +122,7 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
             timestep.to(dtype) if self.options.as_comfyui else timestep.float(),
             cond["y"].to(x),
             self.hint_for(x, batched_number),
-            lambda q, k, v, _: processor.attention()(
+            lambda q, k, v, _: processor.chosen_attention()(
                 q, k, v, q.shape[1], skip_reshape=True, transformer_options=transformer_options
             ),
         )
@@ -138,7 +138,7 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
         """Patches of x (B, 16, H, W) with ComfyUI's positions: the shorter side of a picture
         reaches from 0 to 15 at every size."""
         patch = self.config.patch_size
-        tokens = x_embedder(padded(x, patch))
+        tokens = x_embedder(padded_latent(x, patch))
         sides = [-(-side // patch) for side in x.shape[2:]]
         axes = []
         for side in sides:
@@ -302,7 +302,7 @@ def controlnet_from(file: ModelFile, options: Options) -> SD35ControlNet:
     """
     name = f"'{file.path.name}'"
     tensors = controlnet(file.tensors, name)
-    config = config_of(tensors, name)
+    config = controlnet_config(tensors, name)
     management = comfy.model_management
     device, offload_device = management.get_torch_device(), management.unet_offload_device()
     dtype = management.unet_dtype(model_params=comfy.utils.calculate_parameters(tensors))

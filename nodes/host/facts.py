@@ -26,12 +26,10 @@ from ...sd35_core.workflow.reader import setups
 from ...sd35_core.workflow.setup import Control, Latent, Model, Prompt, Setup, Skip
 from ...sd35_core.workflow.workflow_file import api_graph
 from . import files
-from .controlnet import SD35ControlNet
+from .controlnet import SD35ControlNet, StockMMDiT
 from .guidance import SKIPS
 from .network import HostMMDiTX, network_in
 from .report import log
-
-StockMMDiT = comfy.ldm.modules.diffusionmodules.mmdit.MMDiT
 
 HONOURED = {
     "patches": {"attn1_patch", "attn1_output_patch"},

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...sd35_core.errors import SettingError
 from ...sd35_core.sampling.guidance import SkipLayers, away_from_skipped, step_of
-from .network import SKIPPED, TWINS, HostMMDiTX, Options, network_in
+from .network import SKIPPED, TWINS, HostMMDiTX, TransformerOptions, network_in
 
 RECORDS = "sd35_skip_layer_records"
 """In model_options: {key of the guidance: its record}, for the step under way."""
@@ -65,7 +65,11 @@ def with_skip_layers(model: Any, skip: SkipLayers, keep_control: bool = True) ->
     guided = model.clone()
 
     def predict_noise(
-        executor: Any, x: Tensor, sigma: Tensor, options: Options | None = None, seed: Any = None
+        executor: Any,
+        x: Tensor,
+        sigma: Tensor,
+        options: TransformerOptions | None = None,
+        seed: Any = None,
     ) -> Tensor:
         options = dict(options or {})
         schedule = options.get("transformer_options", {}).get("sample_sigmas")
@@ -78,7 +82,7 @@ def with_skip_layers(model: Any, skip: SkipLayers, keep_control: bool = True) ->
                 options[RECORDS] = {**options.get(RECORDS, {}), key: record}
         return executor(x, sigma, options, seed)
 
-    def add_guidance(arguments: Options) -> Tensor:
+    def add_guidance(arguments: TransformerOptions) -> Tensor:
         record = arguments["model_options"].get(RECORDS, {}).get(key)
         if record is None:
             return arguments["denoised"]
@@ -105,7 +109,12 @@ def with_skip_layers(model: Any, skip: SkipLayers, keep_control: bool = True) ->
 
 
 def run_twins(
-    executor: Any, model: Any, conds: list[Any], x: Tensor, sigma: Tensor, options: Options
+    executor: Any,
+    model: Any,
+    conds: list[Any],
+    x: Tensor,
+    sigma: Tensor,
+    options: TransformerOptions,
 ) -> list[Tensor]:
     """Run the conds, and beside them the positive ones again for every record that asks for it.
 
@@ -146,7 +155,7 @@ def twin_uuid(source: uuid.UUID, number: int) -> uuid.UUID:
 
 
 def run_skipped(
-    run: Any, model: Any, record: Record, x: Tensor, sigma: Tensor, options: Options
+    run: Any, model: Any, record: Record, x: Tensor, sigma: Tensor, options: TransformerOptions
 ) -> Tensor:
     """The positive conds in a pass of their own with the layers skipped."""
     transformer = {**options.get("transformer_options", {}), SKIPPED: record.skip.layers}

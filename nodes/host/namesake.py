@@ -22,7 +22,7 @@ def is_taken(own: type) -> bool:
     return found is not None and not issubclass(found, own)
 
 
-def listed(own: list[Any], loader: type) -> list[Any]:
+def listed_first(own: list[Any], loader: type) -> list[Any]:
     """The pack's nodes, without the loader where another pack has its id already."""
     if not is_taken(loader):
         return own
@@ -33,7 +33,7 @@ def listed(own: list[Any], loader: type) -> list[Any]:
     return [node for node in own if node is not loader]
 
 
-def serve(loader: type) -> None:
+def serve_namesake(loader: type) -> None:
     """Have the server put every queued loader to the pack that it is of."""
     server = getattr(PromptServer, "instance", None)
     if server is not None:

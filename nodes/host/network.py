@@ -20,7 +20,7 @@ from ...sd35_core.network.mmditx import MMDiTX, Twin
 from ...sd35_core.network.modulation_cache import ModulationCache, most_values
 from . import processor
 
-Options = dict[str, Any]
+TransformerOptions = dict[str, Any]
 
 TWINS = "sd35_twins"
 """In transformer_options: {uuid of a cond with skipped layers: (its source, layers)}.
@@ -51,7 +51,7 @@ class HostMMDiTX(MMDiTX):
         context: Tensor | None = None,
         y: Tensor | None = None,
         control: dict[str, list[Tensor | None]] | None = None,
-        transformer_options: Options | None = None,
+        transformer_options: TransformerOptions | None = None,
         **_: Any,
     ) -> Tensor:
         """Velocity (B, 16, H, W); timesteps: (B,) in 0..1000."""
@@ -67,7 +67,7 @@ class HostMMDiTX(MMDiTX):
         context: Tensor | None,
         y: Tensor | None,
         control: dict[str, list[Tensor | None]] | None,
-        options: Options,
+        options: TransformerOptions,
     ) -> Tensor:
         context, y = self._checked(x, context, y)
         return super().forward(
@@ -106,7 +106,7 @@ class HostMMDiTX(MMDiTX):
 
     def _run_block(
         self,
-        options: Options,
+        options: TransformerOptions,
         index: int,
         block: JointBlock,
         context: Tensor,
@@ -126,7 +126,7 @@ class HostMMDiTX(MMDiTX):
         if replacement is None:
             return block(context, x, c, partial(self._attend, here), modulation)
 
-        def original(arguments: Options) -> Options:
+        def original(arguments: TransformerOptions) -> TransformerOptions:
             attend_inner = partial(self._attend, arguments.get("transformer_options", here))
             vec = arguments["vec"]
             known = modulation if vec is c else None
@@ -138,7 +138,7 @@ class HostMMDiTX(MMDiTX):
         return out["txt"], out["img"]
 
     def _attend(
-        self, options: Options, q: Tensor, k: Tensor, v: Tensor, context_tokens: int
+        self, options: TransformerOptions, q: Tensor, k: Tensor, v: Tensor, context_tokens: int
     ) -> Tensor:
         """The host's attention, with what other nodes hang on it; text comes first in q, k, v."""
         heads = self.config.heads
@@ -153,7 +153,7 @@ class HostMMDiTX(MMDiTX):
                 continue
             out = patch(q, k, v, pe=None, attn_mask=None, extra_options=extra)
             q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
-        attended = processor.attention()(
+        attended = processor.chosen_attention()(
             q, k, v, heads, skip_reshape=True, transformer_options=options
         )
         perturb = self._attention_replacement(options)
@@ -165,7 +165,7 @@ class HostMMDiTX(MMDiTX):
                 attended = patch(attended, extra)
         return attended
 
-    def _attention_replacement(self, options: Options) -> Any:
+    def _attention_replacement(self, options: TransformerOptions) -> Any:
         """What replaces the image's attention to itself in this block, if anything does."""
         replacements = options.get("patches_replace", {}).get("attn1", {})
         index = options["block_index"]
@@ -193,7 +193,7 @@ def home(patch: Any) -> tuple[str, str] | int:
     return (patch.__module__, made_in) if made_in else id(patch)
 
 
-def twins_of(rows: int, options: Options) -> list[Twin]:
+def twins_of(rows: int, options: TransformerOptions) -> list[Twin]:
     """The batch's rows with skipped layers; rows of one cond stand together, in `uuids`' order."""
     skipped = options.get(SKIPPED)
     if skipped:
@@ -241,7 +241,7 @@ class SD35Model(comfy.model_base.SD3):
         c_concat: Any = None,
         c_crossattn: Any = None,
         control: Any = None,
-        transformer_options: Options | None = None,
+        transformer_options: TransformerOptions | None = None,
         **named: Any,
     ) -> Tensor:
         """With the modulations from the run's cache, if there is one and nothing is trained."""

@@ -14,10 +14,10 @@ from comfy.cli_args import args
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
-from ...sd35_core.network.layers import linear_gelu as plain_linear_gelu
+from ...sd35_core.network.layers import linear_gelu
 
 
-def attention() -> Any:
+def chosen_attention() -> Any:
     """The host's attention; on a CPU torch's own where the host only fell back to the
     sub-quadratic one, which takes twice as long there.
 
@@ -43,14 +43,16 @@ def faster(operations: Any) -> Any:
             return (x * scale.to(x.dtype)).mul_(weights(self, x)[0])
 
     return type(
-        "Operations", (operations,), {"linear_gelu": staticmethod(linear_gelu), "RMSNorm": RMSNorm}
+        "Operations",
+        (operations,),
+        {"linear_gelu": staticmethod(fused_linear_gelu), "RMSNorm": RMSNorm},
     )
 
 
-def linear_gelu(layer: Any, x: Tensor) -> Tensor:
+def fused_linear_gelu(layer: Any, x: Tensor) -> Tensor:
     """GELU (tanh form) of a Linear's output."""
     if not (_on_cpu(layer, x) and _fuses(x.dtype)):
-        return plain_linear_gelu(layer, x)
+        return linear_gelu(layer, x)
     return torch.ops.mkldnn._linear_pointwise(x, *weights(layer, x), "gelu", [], "tanh")
 
 

@@ -19,7 +19,7 @@ from ...sd35_core.sampling.samplers import SAMPLERS
 from .memory import enough_memory
 from .report import log
 
-Latent = dict[str, Any]
+HostLatent = dict[str, Any]
 
 
 class _ShiftedFlow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
@@ -46,12 +46,12 @@ def sample(
     model: Any,
     positive: list[Any],
     negative: list[Any],
-    latent: Latent,
+    latent: HostLatent,
     seed: int,
     cfg: float,
     sampler: str,
     sigmas: Tensor,
-) -> Latent:
+) -> HostLatent:
     """A LATENT denoised along `sigmas`; noise on the CPU from `seed`, as the host makes it.
 
     Raises SettingError when the latent, or every picture of the result, is not finite; pictures

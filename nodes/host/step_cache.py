@@ -10,7 +10,7 @@ from torch import Tensor
 from ...sd35_core.sampling.guidance import step_of
 from ...sd35_core.sampling.step_cache import Pace, StepCache
 from .guidance import SKIPS
-from .network import Options
+from .network import TransformerOptions
 from .report import tell
 
 KEY = "sd35_step_cache"
@@ -29,11 +29,15 @@ def with_step_cache(
             result = executor(*arguments, **named)
         finally:
             del guider.sd35_step_cache  # a guider can outlive its run
-        tell(report(name, cache), node_id)
+        tell(cache_report(name, cache), node_id)
         return result
 
     def predict_noise(
-        executor: Any, x: Tensor, sigma: Tensor, options: Options | None = None, seed: Any = None
+        executor: Any,
+        x: Tensor,
+        sigma: Tensor,
+        options: TransformerOptions | None = None,
+        seed: Any = None,
     ) -> Tensor:
         guider, options = executor.class_obj, options or {}
         schedule = options.get("transformer_options", {}).get("sample_sigmas")
@@ -68,14 +72,14 @@ def with_step_cache(
     return cached
 
 
-def watched(guider: Any, options: Options) -> bool:
+def watched(guider: Any, options: TransformerOptions) -> bool:
     """Whether the sampler itself listens to every step's guidance (the cfg++ samplers do)."""
     known = guider.model_options.get(POST_CFG, ())
     return len(options.get(POST_CFG, ())) > len(known)
 
 
 def acting_at(
-    guider: Any, options: Options, sigma: float, step: int, steps: int
+    guider: Any, options: TransformerOptions, sigma: float, step: int, steps: int
 ) -> tuple[bool, ...]:
     """Which prompts, ControlNets and skip layer guidances with a window act at a step."""
     acting = [skip.active(step, steps) for skip in options.get(SKIPS, ())]
@@ -91,7 +95,7 @@ def acting_at(
     return tuple(acting)
 
 
-def report(name: str, cache: StepCache) -> str:
+def cache_report(name: str, cache: StepCache) -> str:
     """For people: which steps were left out."""
     left = cache.left_out
     if not left:

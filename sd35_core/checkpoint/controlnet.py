@@ -15,7 +15,7 @@ from ..limits import CHANNELS, CONTROLNET_LAYERS, HIDDEN, PATCH, POOLED, bounded
 from ..network.config import HEAD_WIDTH
 from ..network.controlnet import CONTROL_TYPES, ControlNetConfig, ControlNetEmbedder
 from ..network.layers import Operations
-from .layouts import JOINED_IN_BLOCK, RENAMED, RENAMED_IN_BLOCK, joined
+from .layouts import JOINED_IN_BLOCK, RENAMED, RENAMED_IN_BLOCK, joined_parts
 from .loading import check_tensors, operations_for, shapes_of, with_weights
 from .tensor_file import StateDict, TensorFile
 
@@ -59,7 +59,7 @@ def controlnet(state_dict: Mapping[str, Tensor], source: str = "this file") -> S
             found[f"{block[1]}.{name}.{block[3]}"] = tensor
     for key, parts in split.items():
         if len(parts) == len(_JOINED):
-            found[key] = joined([parts[name] for name in _JOINED], key, source)
+            found[key] = joined_parts([parts[name] for name in _JOINED], key, source)
     _complete(found)
     return found
 
@@ -78,7 +78,9 @@ def _complete(tensors: StateDict) -> None:
 _WANTED = "Choose one of Stability AI's for SD3.5 (blur, canny or depth), or one made by this pack."
 
 
-def config_of(state_dict: Mapping[str, Tensor], source: str = "this file") -> ControlNetConfig:
+def controlnet_config(
+    state_dict: Mapping[str, Tensor], source: str = "this file"
+) -> ControlNetConfig:
     """The configuration, once every tensor is there, of the right shape and finite.
 
     Keys are Stability's. Raises CheckpointError.
@@ -137,5 +139,5 @@ def load_controlnet(
     source = f"'{Path(path).name}'"
     tensors = controlnet(TensorFile(path), source)
     operations = operations or operations_for(tensors)
-    model = ControlNetEmbedder(config_of(tensors, source), operations, device="meta")
+    model = ControlNetEmbedder(controlnet_config(tensors, source), operations, device="meta")
     return with_weights(model, tensors, dtype)

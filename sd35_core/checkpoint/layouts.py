@@ -155,7 +155,7 @@ def from_diffusers(state_dict: Mapping[str, Tensor], source: str = "this file") 
         for key in (f"{name}.weight", f"{name}.bias"):
             if key in found:
                 halves = found[key].chunk(2) if found[key].ndim else [found[key]]
-                found[key] = joined(halves[::-1], key, source)
+                found[key] = joined_parts(halves[::-1], key, source)
     return found
 
 
@@ -165,7 +165,7 @@ def _block_from_diffusers(tensors: dict[str, Tensor], block: str, source: str) -
         for suffix in ("weight", "bias"):
             keys, key = [f"{part}.{suffix}" for part in parts], f"{block}.{name}.{suffix}"
             if all(key in tensors for key in keys):
-                found[key] = joined([tensors.pop(part) for part in keys], key, source)
+                found[key] = joined_parts([tensors.pop(part) for part in keys], key, source)
     for key, tensor in tensors.items():
         name, suffix = key.rsplit(".", 1)
         if name not in RENAMED_IN_BLOCK:
@@ -174,7 +174,7 @@ def _block_from_diffusers(tensors: dict[str, Tensor], block: str, source: str) -
     return found
 
 
-def joined(parts: Sequence[Tensor], key: str, source: str) -> Tensor:
+def joined_parts(parts: Sequence[Tensor], key: str, source: str) -> Tensor:
     """The parts of the tensor `key`, (n, ...) each, one after another. Raises CheckpointError when
     they don't fit together."""
     try:

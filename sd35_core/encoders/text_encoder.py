@@ -151,7 +151,7 @@ def tokenizer(folder: Path) -> Tokenize:
     return lambda caption: clip(caption)["input_ids"][1:-1]
 
 
-def padded(ids: list[int], config: ClipConfig) -> list[int]:
+def padded_tokens(ids: list[int], config: ClipConfig) -> list[int]:
     """Start, the prompt's token ids, end, then padding: 77 in all; a longer prompt is cut."""
     ids = [START, *ids[: LENGTH - 2], END]
     return ids + [config.pad] * (LENGTH - len(ids))
@@ -249,7 +249,9 @@ class ClipTextModel(nn.Module):
         return hidden, self.text_projection(pooled) if self.config.projected else pooled
 
 
-def joined(encoded: list[tuple[Tensor, Tensor]], context_width: int) -> tuple[Tensor, Tensor]:
+def joined_encodings(
+    encoded: list[tuple[Tensor, Tensor]], context_width: int
+) -> tuple[Tensor, Tensor]:
     """CLIP-L and CLIP-G side by side: context (B, 77, context_width), zero-padded; pooled."""
     context = torch.cat([hidden for hidden, _ in encoded], dim=-1)
     pooled = torch.cat([pooled for _, pooled in encoded], dim=-1)

@@ -22,7 +22,7 @@ from .layers import (
     attention,
     sinusoid,
 )
-from .mmditx import MMDiTX, padded
+from .mmditx import MMDiTX, padded_latent
 
 Kind = Literal["8b", "2b"]
 CONTROL_TYPES = ("blur", "canny", "depth")
@@ -126,6 +126,6 @@ class ControlNetEmbedder(nn.Module):
         if self.config.kind == "8b":
             tokens = base.embed(x)
         else:
-            tokens, y = self.x_embedder(padded(x, patch)), base.y_embedder(y)
-        tokens = tokens + self.pos_embed_input(padded(hint, patch))
+            tokens, y = self.x_embedder(padded_latent(x, patch)), base.y_embedder(y)
+        tokens = tokens + self.pos_embed_input(padded_latent(hint, patch))
         return tokens, self.t_embedder(sinusoid(timestep).to(x.dtype)) + self.y_embedder(y)

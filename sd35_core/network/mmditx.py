@@ -163,7 +163,7 @@ class MMDiTX(nn.Module):
 
     def embed(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Latent (B, 16, H, W) -> tokens with their positions, (B, N, hidden)."""
-        x = padded(x, self.config.patch_size)
+        x = padded_latent(x, self.config.patch_size)
         tokens = self.x_embedder(x)
         if positions is not None:
             return tokens + positions.to(tokens)
@@ -211,7 +211,7 @@ def chosen(tensor: Tensor, rows: list[int]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def padded(x: Tensor, patch: int) -> Tensor:
+def padded_latent(x: Tensor, patch: int) -> Tensor:
     """A latent (B, C, H, W) whose sides are multiples of `patch`: the first rows come again."""
     odd_height, odd_width = -x.shape[-2] % patch, -x.shape[-1] % patch
     if odd_height or odd_width:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.controlnet import config_of, controlnet
+from ..checkpoint.controlnet import controlnet, controlnet_config
 from ..checkpoint.layouts import MARK, OTHER_MODELS, PREFIXES, Part, diffusion_model, is_controlnet
 from ..checkpoint.loading import checked_config, shapes_of, with_axes
 from ..checkpoint.tensor_file import StateDict, TensorFile, metadata_of, write_file
@@ -140,7 +140,7 @@ def quantize_file(
     prefix = next((p for p in PREFIXES if p + MARK in file), "")
     if is_controlnet(file):
         tensors = controlnet(file, source)
-        config_of(tensors, source)
+        controlnet_config(tensors, source)
     else:
         tensors = Part(file, prefix) if prefix + MARK in file else diffusion_model(file, source)
         checked_config(tensors, source)

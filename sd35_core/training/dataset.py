@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checkpoint.tensor_file import read_file
 from ..encoders.autoencoder import TinyAutoencoder
 from ..encoders.hints import made_hint, vae_input
-from ..encoders.text_encoder import KINDS, Tokenize, padded
+from ..encoders.text_encoder import KINDS, Tokenize, padded_tokens
 from ..errors import SettingError
 
 Examples = dict[str, Tensor]
@@ -58,7 +58,7 @@ def read_folder(
     captions: dict[Size, list[str]] = defaultdict(list)
     for path in paths:
         pixels, size = read_picture(path, sizes)
-        latents[size].append(encoded(autoencoder, pixels[None]))
+        latents[size].append(encoded_picture(autoencoder, pixels[None]))
         if controlnet:
             hints[size].append(encoded_hint(autoencoder, hint_of(path, pixels, size, controlnet)))
         captions[size].append(path.with_suffix(".txt").read_text(encoding="utf-8").strip())
@@ -98,7 +98,7 @@ def read_picture(path: Path, sizes: list[Size]) -> tuple[Tensor, Size]:
     return values.view(size[1], size[0], 3).permute(2, 0, 1), size
 
 
-def encoded(autoencoder: TinyAutoencoder, pictures: Tensor) -> Tensor:
+def encoded_picture(autoencoder: TinyAutoencoder, pictures: Tensor) -> Tensor:
     """(B, 3, H, W) uint8 -> (B, 16, H / 8, W / 8) fp16, on the VAE's scale."""
     return _latents(autoencoder, pictures.float() / 255)
 
@@ -120,7 +120,7 @@ def tokens_of(captions: list[str], tokenize: Tokenize) -> Examples:
     ids = [tokenize(caption) for caption in ["", *captions]]
     tensors = {}
     for name, kind in KINDS.items():
-        rows = torch.tensor([padded(row, kind(1, 1, 1)) for row in ids], dtype=torch.int32)
+        rows = torch.tensor([padded_tokens(row, kind(1, 1, 1)) for row in ids], dtype=torch.int32)
         key = name.replace("clip", "tokens")
         tensors |= {key: rows[1:].clone(), f"{key}_empty": rows[0].clone()}
     return tensors

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..encoders.text_encoder import ClipTextModel, clip_g, clip_l, joined
+from ..encoders.text_encoder import ClipTextModel, clip_g, clip_l, joined_encodings
 from ..network.controlnet import ControlNetConfig, ControlNetEmbedder
 from ..network.layers import grid_positions
 from ..network.mmditx import MMDiTX
@@ -92,4 +92,4 @@ class Trained(nn.Module):
                 (hidden * keep[:, None, None], pooled * keep[:, None])
                 for (hidden, pooled), keep in zip(encoded, kept)
             ]
-        return joined(encoded, self.diffusion_model.config.context_dim)
+        return joined_encodings(encoded, self.diffusion_model.config.context_dim)

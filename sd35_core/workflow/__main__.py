@@ -17,7 +17,7 @@ from ..words import printable
 from .check import LARGEST_FILE, SECONDS, check, files_under, report
 from .graph import TooLargeError
 from .reader import MOST
-from .workflow_file import is_node, read
+from .workflow_file import is_node, read_workflow
 
 
 def main(arguments: list[str]) -> int:
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
             raise TooLargeError(f"It is larger than {LARGEST_FILE / 1e6:.0f} MB: no workflow is.")
         if options.models is not None and not options.models.is_dir():
             raise SettingError(f"'{options.models}' is no folder: --models names ComfyUI's models.")
-        workflow = read(data)
+        workflow = read_workflow(data)
         found = check(workflow, files_under(options.models), SECONDS)
     except (OSError, SettingError) as error:
         sys.stderr.write(f"{options.file}: {error}\n")

@@ -39,7 +39,7 @@ class Budget:
             )
 
 
-def bounded(value: Any) -> Any:
+def bounded_value(value: Any) -> Any:
     """A widget's value or a link as everything after this may rely on: a text of LONGEST_TEXT
     characters at most and without halves of any, a finite number up to LARGEST_NUMBER, a switch,
     [node, slot]; None for anything else."""
@@ -60,6 +60,6 @@ def node_of(kind: Any, inputs: dict[str, Any], properties: Any = None) -> dict[s
     properties = properties if isinstance(properties, dict) else {}
     return {
         "class_type": str(kind)[:LONGEST_NAME],
-        "inputs": {name: bounded(value) for name, value in inputs.items()},
-        "properties": {name: bounded(value) for name, value in properties.items()},
+        "inputs": {name: bounded_value(value) for name, value in inputs.items()},
+        "properties": {name: bounded_value(value) for name, value in properties.items()},
     }

@@ -74,7 +74,7 @@ def model_in(path: Path) -> Model | None:
     """Facts of a diffusion model's file, from its header; None for a damaged one."""
     try:
         file = GGUFFile(path) if path.suffix.lower() == EXTENSION else TensorFile(path)
-        config = config_of(file)
+        config = described_config(file)
     except CheckpointError:
         return None
     if config is None:
@@ -111,7 +111,7 @@ def model_named(name: str) -> Model | None:
     return None if family is None else Model(kind=f"{family} model, by its name ('{name}')")
 
 
-def config_of(file: TensorFile | GGUFFile) -> MMDiTXConfig | None:
+def described_config(file: TensorFile | GGUFFile) -> MMDiTXConfig | None:
     """The shape of the SD3 model in a file, in Stability's or diffusers' layout."""
     for prefix in PREFIXES:
         shapes = {key: file.shape(prefix + key) for key in keys_under(file, prefix)}

@@ -94,8 +94,11 @@ LOADERS = {
     "UnetLoaderGGUF": ("unet_name", ("diffusion_models",)),
 }
 """Class -> the widget that names the model, and where the file is."""
-SAMPLERS = {"SD35Sampler", "SD35SkipLayerSweep", "KSampler", "KSamplerAdvanced", "SamplerCustom",
-            "SamplerCustomAdvanced", "ClownsharKSampler", "ClownsharKSampler_Beta"}  # fmt: skip
+SAMPLER_NODES = {
+    *("SD35Sampler", "SD35SkipLayerSweep"),
+    *("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced"),
+    *("ClownsharKSampler", "ClownsharKSampler_Beta"),
+}
 """Of the pack, of ComfyUI and of RES4LYF."""
 CHECK_OUTPUTS = ("model", "positive", "negative", "latent")
 """Inputs of SD35Check that come out again, in this order."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .graph import Budget, Graph, Link
-from .known_nodes import ALIAS, CHECK_OUTPUTS, LOADER, SAMPLERS
+from .known_nodes import ALIAS, CHECK_OUTPUTS, LOADER, SAMPLER_NODES
 
 
 class Links:
@@ -85,7 +85,7 @@ def leading_to(graph: Graph, key: str | None) -> set[str]:
     found, seen, waiting = set(), {key}, [key]
     while waiting:
         for name in followers.get(waiting.pop(), ()):
-            if graph[name]["class_type"] in SAMPLERS:
+            if graph[name]["class_type"] in SAMPLER_NODES:
                 found.add(name)
             elif name not in seen:
                 seen.add(name)
@@ -94,5 +94,5 @@ def leading_to(graph: Graph, key: str | None) -> set[str]:
         return found
     links = Links(graph)
     source = links.link(key, "model")
-    samplers = (k for k, node in graph.items() if node["class_type"] in SAMPLERS)
+    samplers = (k for k, node in graph.items() if node["class_type"] in SAMPLER_NODES)
     return {s for s in samplers if source and links.link(s, "model") == source}

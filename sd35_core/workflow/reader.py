@@ -24,7 +24,7 @@ from .known_nodes import (
     NO_FILE,
     OTHER_PREDICTIONS,
     OWN_NODES,
-    SAMPLERS,
+    SAMPLER_NODES,
     SHIFTS,
     SKIPS_OF_THE_HOST,
     STOCK_CONTROLNET_LOADERS,
@@ -45,7 +45,9 @@ MOST = 100
 def setups(graph: Graph, find: Find, budget: Budget | None = None) -> dict[str, Setup]:
     """Sampler's node id -> what leads into it."""
     reader = Reader(graph, find, budget)
-    return {key: reader.setup(key) for key, node in graph.items() if node["class_type"] in SAMPLERS}
+    return {
+        key: reader.setup(key) for key, node in graph.items() if node["class_type"] in SAMPLER_NODES
+    }
 
 
 class Reader(Links):
@@ -259,10 +261,10 @@ class Reader(Links):
         if kind in ("VAEEncodeForInpaint", "InpaintModelConditioning"):
             return Latent(empty=False, masked=True)
         if before is None:
-            return Latent(empty=False) if kind in SAMPLERS else None
+            return Latent(empty=False) if kind in SAMPLER_NODES else None
         if kind == "SetLatentNoiseMask":
             return replace(before, masked=True)
-        if kind in SAMPLERS:
+        if kind in SAMPLER_NODES:
             return replace(before, empty=False, channels=16)
         if kind == "LatentUpscale":
             return replace(before, width=width, height=height)

@@ -29,7 +29,7 @@ LARGEST_TEXT = 2**24
 """Bytes of a workflow in a picture."""
 
 
-def read(data: bytes) -> dict[str, Any]:
+def read_workflow(data: bytes) -> dict[str, Any]:
     """The workflow in a file: JSON, or a PNG or WebP that ComfyUI saved. Raises SettingError."""
     if data.startswith(PNG):
         return _first(_png_texts(data))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sd35_core.encoders.text_encoder import clip_g, clip_l, padded
+from sd35_core.encoders.text_encoder import clip_g, clip_l, padded_tokens
 from sd35_core.training.config import TrainingConfig
 
 IMAGES = 8
@@ -25,7 +25,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
     captions = [[1000 + i, 2000 + i] for i in range(IMAGES)]
     tensors = {"latents": flat.contiguous().half()}
     for name, kind in (("tokens_l", clip_l), ("tokens_g", clip_g)):
-        rows = [padded(caption, kind(1, 1, 1)) for caption in [*captions, []]]
+        rows = [padded_tokens(caption, kind(1, 1, 1)) for caption in [*captions, []]]
         ids = torch.tensor(rows, dtype=torch.int32)
         tensors |= {name: ids[:-1].clone(), f"{name}_empty": ids[-1].clone()}
     save_file(tensors, folder / "examples.safetensors")

@@ -104,6 +104,17 @@ def test_the_pack_uses_no_pickle_eval_network_or_subprocess() -> None:
             assert not names & {"eval", "exec", "print"}, path
 
 
+def test_no_function_or_class_has_the_name_of_another() -> None:
+    """So a name that is searched for has one meaning; `main` is each command's own."""
+    found: dict[str, Path] = {}
+    for path in [*CORE.rglob("*.py"), *(ROOT / "nodes").rglob("*.py")]:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                public = not node.name.startswith("_") and node.name != "main"
+                assert not public or node.name not in found, (node.name, path, found[node.name])
+                found[node.name] = path
+
+
 LONGEST = {
     **dict.fromkeys(("sd35_core", "nodes", "automation", "web"), 350),
     **dict.fromkeys(("tools", "tests"), 450),
@@ -203,12 +214,12 @@ NOT_FILES = {
     "automation/cluster.py Host._start: open",
     "tools/host.py Server.__enter__: open",
     # Locks, and a file of lines that are added.
-    "tools/host.py locked: open",
+    "tools/install.py locked: open",
     "automation/manifest.py Manifest._append: open",
     # The system's own: a switch, not a file.
     "tools/bench.py extra_memory: write_text",
     # A folder that is filled under another name and then gets its own.
-    "tools/host.py _fetch_source: rename",
+    "tools/install.py _fetch_source: rename",
     "tools/nano/pictures.py _fetch: write_bytes",
     "tools/nano/pictures.py _fetch: rename",
     # Copies of folders and files for one run, in temporary folders or beside ComfyUI's nodes.

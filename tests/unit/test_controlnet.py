@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd35_core.checkpoint.controlnet import config_of, controlnet, load_controlnet
+from sd35_core.checkpoint.controlnet import controlnet, controlnet_config, load_controlnet
 from sd35_core.errors import CheckpointError
 from sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
 from sd35_core.workflow.headers import control_in
@@ -102,21 +102,21 @@ def test_damaged_files_are_refused() -> None:
     tensors = embedder("2b").state_dict()
     lacking = {k: t for k, t in tensors.items() if k != "transformer_blocks.1.mlp.fc1.bias"}
     with pytest.raises(CheckpointError, match=r"lacks 1 of .*blocks\.1\.mlp\.fc1\.bias"):
-        config_of(lacking)
+        controlnet_config(lacking)
     odd = {**tensors, "controlnet_blocks.1.weight": torch.zeros(3, 3)}
     with pytest.raises(CheckpointError, match=r"has shape \[3, 3\], expected"):
-        config_of(odd)
+        controlnet_config(odd)
     nan = {**tensors, "controlnet_blocks.1.bias": torch.full((TINY.hidden,), torch.nan)}
     with pytest.raises(CheckpointError, match="NaN"):
-        config_of(nan)
+        controlnet_config(nan)
     with pytest.raises(CheckpointError, match="no whole SD3.5 ControlNet"):
-        config_of({k: t for k, t in tensors.items() if k != "x_embedder.proj.weight"})
+        controlnet_config({k: t for k, t in tensors.items() if k != "x_embedder.proj.weight"})
 
 
 def test_an_unknown_control_type_is_refused() -> None:
     tensors = {**embedder("2b").state_dict(), "control_type": torch.tensor([7])}
     with pytest.raises(CheckpointError, match="control_type 7"):
-        config_of(tensors)
+        controlnet_config(tensors)
 
 
 def test_an_8b_of_diffusers_without_an_x_embedder_is_read(tmp_path: Path) -> None:

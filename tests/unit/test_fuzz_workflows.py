@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sd35_core.workflow.check import check, files_under
 from sd35_core.workflow.panels import answer
-from sd35_core.workflow.workflow_file import api_graph, read
+from sd35_core.workflow.workflow_file import api_graph, read_workflow
 
 from ..fuzzing import JUNK, TRICKS, WRITTEN, survives
 
@@ -149,6 +149,6 @@ def test_file(body: bytes, head: bytes, kind: bytes, more: bytes) -> None:
     """Any file: JSON, a picture, or neither."""
     chunk = len(body).to_bytes(4, "big") + kind + b"prompt\0" + more + body
     for data in (body, head + kind + body, head + chunk):
-        found = survives(lambda data=data: read(data))
+        found = survives(lambda data=data: read_workflow(data))
         if found is not None:
             survives(lambda found=found: api_graph(found))

@@ -19,7 +19,7 @@ from sd35_core.errors import SettingError
 from sd35_core.workflow.check import check, files_under
 from sd35_core.workflow.reader import setups
 from sd35_core.workflow.setup import SD3
-from sd35_core.workflow.workflow_file import api_graph, read
+from sd35_core.workflow.workflow_file import api_graph, read_workflow
 
 from ..conftest import PACK
 
@@ -40,7 +40,7 @@ def working() -> list[Path]:
 
 
 def opened(path: Path) -> Graph:
-    return api_graph(read(path.read_bytes()))
+    return api_graph(read_workflow(path.read_bytes()))
 
 
 def sampler_of(path: Path) -> str | None:

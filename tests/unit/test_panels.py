@@ -12,7 +12,7 @@ import pytest
 from sd35_core.errors import SettingError
 from sd35_core.sampling.schedules import MOST_STEPS, sigmas
 from sd35_core.workflow.__main__ import main
-from sd35_core.workflow.graph import LARGEST_NUMBER, LONGEST_TEXT, TooLargeError, bounded
+from sd35_core.workflow.graph import LARGEST_NUMBER, LONGEST_TEXT, TooLargeError, bounded_value
 from sd35_core.workflow.panels import LARGEST_ANSWER, answer
 
 from ..conftest import PACK
@@ -71,7 +71,7 @@ def test_a_prompt_with_other_things_beside_it_is_read() -> None:
     ],
 )  # fmt: skip
 def test_a_value_is_bounded_where_it_is_read(value: Any, seen: Any) -> None:
-    assert bounded(value) == seen
+    assert bounded_value(value) == seen
 
 
 @pytest.mark.parametrize("denoise", [1e-300, 5e-324, 19 / MOST_STEPS])

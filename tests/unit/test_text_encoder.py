@@ -17,8 +17,8 @@ from sd35_core.encoders.text_encoder import (
     ClipTextModel,
     clip_g,
     clip_l,
-    joined,
-    padded,
+    joined_encodings,
+    padded_tokens,
 )
 
 CAT, DOG = 2368, 1929
@@ -38,7 +38,9 @@ def random_encoder(config: ClipConfig) -> ClipTextModel:
 
 
 def token_rows(config: ClipConfig) -> Tensor:
-    return torch.tensor([padded([], config), padded([CAT], config), padded([DOG] * 90, config)])
+    return torch.tensor(
+        [padded_tokens([], config), padded_tokens([CAT], config), padded_tokens([DOG] * 90, config)]
+    )
 
 
 def torch_layer(layer: nn.Module, config: ClipConfig) -> nn.TransformerEncoderLayer:
@@ -90,13 +92,13 @@ def test_an_encoder_computes_what_torch_transformer_layers_do(config: ClipConfig
 
 def test_padding_fills_up_to_77_after_the_end() -> None:
     for config, pad in zip(CONFIGS, (END, 0)):
-        ids = padded([CAT, DOG], config)
+        ids = padded_tokens([CAT, DOG], config)
         assert ids == [START, CAT, DOG, END] + [pad] * (LENGTH - 4)
 
 
 def test_a_long_prompt_is_cut_and_still_ends() -> None:
     for config in CONFIGS:
-        ids = padded([CAT] * 200, config)
+        ids = padded_tokens([CAT] * 200, config)
         assert len(ids) == LENGTH
         assert ids[-1] == END and ids[-2] == CAT
 
@@ -104,7 +106,7 @@ def test_a_long_prompt_is_cut_and_still_ends() -> None:
 def test_what_follows_the_end_changes_neither_the_prompt_nor_the_summary() -> None:
     for config in CONFIGS:
         encoder = random_encoder(config)
-        tokens = torch.tensor([padded([CAT], config)])
+        tokens = torch.tensor([padded_tokens([CAT], config)])
         other = tokens.clone()
         other[0, 3:] = DOG
         hidden, pooled = encoder(tokens)
@@ -115,7 +117,7 @@ def test_what_follows_the_end_changes_neither_the_prompt_nor_the_summary() -> No
 
 def test_both_encoders_stand_side_by_side_with_zeros_after_them() -> None:
     encoded = [random_encoder(config)(token_rows(config)) for config in CONFIGS]
-    context, pooled = joined(encoded, 96)
+    context, pooled = joined_encodings(encoded, 96)
     assert context.shape == (3, LENGTH, 96) and pooled.shape == (3, 56)
     assert torch.equal(context[..., :24], encoded[0][0])
     assert torch.equal(context[..., 24:56], encoded[1][0])

@@ -18,7 +18,7 @@ from sd35_core.workflow.check import check, files_under
 from sd35_core.workflow.graph import Budget, TooLargeError
 from sd35_core.workflow.reader import setups
 from sd35_core.workflow.setup import Model
-from sd35_core.workflow.workflow_file import api_graph, read
+from sd35_core.workflow.workflow_file import api_graph, read_workflow
 
 Node = dict[str, Any]
 UNNAMED = [7, "randomize", 30, 4.5, "euler", "simple", 1.0]
@@ -201,7 +201,7 @@ def picture(kind: str, text: str) -> bytes:
 @pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt", "webp"])
 def test_a_picture_carries_its_workflow(kind: str) -> None:
     graph = {"5": {"class_type": "KSampler", "inputs": {"steps": 4, "text": "ein Füchschen 狐"}}}
-    found = read(picture(kind, json.dumps(graph)))
+    found = read_workflow(picture(kind, json.dumps(graph)))
     assert api_graph(found)["5"]["inputs"] == {"steps": 4, "text": "ein Füchschen 狐"}
 
 
@@ -209,13 +209,13 @@ def test_a_picture_without_one_or_with_a_bomb_says_so(tmp_path: Path) -> None:
     plain = io.BytesIO()
     Image.new("RGB", (8, 8)).save(plain, "png")
     with pytest.raises(SettingError, match="no workflow in this picture"):
-        read(plain.getvalue())
+        read_workflow(plain.getvalue())
     packed = b"prompt\0\0" + zlib.compress(b"[" * 2**27)
     chunk = len(packed).to_bytes(4, "big") + b"zTXt" + packed + b"\0\0\0\0"
     with pytest.raises(SettingError, match="can't be read as JSON"):
-        read(plain.getvalue()[:33] + chunk)
+        read_workflow(plain.getvalue()[:33] + chunk)
     with pytest.raises(SettingError):
-        read(plain.getvalue()[:33] + b"\xff\xff\xff\xfftEXtprompt\0{")
+        read_workflow(plain.getvalue()[:33] + b"\xff\xff\xff\xfftEXtprompt\0{")
 
 
 def test_many_packed_texts_are_not_all_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_many_packed_texts_are_not_all_unpacked(monkeypatch: pytest.MonkeyPatch)
     for name in (b"other", *(b"n%d" % n for n in range(50)), b"workflow", b"workflow", b"workflow"):
         packed = name + b"\0\0" + zlib.compress(b'{"1": {"class_type": "A", "inputs": {}}}')
         chunks += len(packed).to_bytes(4, "big") + b"zTXt" + packed + b"\0\0\0\0"
-    assert list(api_graph(read(b"\x89PNG\r\n\x1a\n" + chunks))) == ["1"]
+    assert list(api_graph(read_workflow(b"\x89PNG\r\n\x1a\n" + chunks))) == ["1"]
     assert len(unpacked) == 1
 
 

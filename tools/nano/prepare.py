@@ -17,7 +17,7 @@ from sd35_core.encoders.hints import made_hint, vae_input
 from sd35_core.encoders.text_encoder import Tokenize, tokenizer
 from sd35_core.network.controlnet import CONTROL_TYPES
 from sd35_core.pipeline import load_vae
-from sd35_core.training.dataset import Size, encoded, encoded_hint, tokens_of
+from sd35_core.training.dataset import Size, encoded_hint, encoded_picture, tokens_of
 from tools import host
 
 from .pictures import emoji_folder, nano_folder
@@ -72,7 +72,7 @@ def batch_of(
     if controls:
         scenes[::2] = [draw_anywhere(first_seed + i) for i in range(0, BATCH, 2)]
     pictures = pictures_of(scenes, first_seed, size)
-    found = {"latents": encoded(vae_of(vae), pictures).numpy()}
+    found = {"latents": encoded_picture(vae_of(vae), pictures).numpy()}
     for kind in CONTROL_TYPES if controls else ():
         seen = hints_of(scenes, pictures, first_seed, kind)
         found[kind] = encoded_hint(vae_of(vae), seen).numpy()
