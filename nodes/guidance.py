@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..sd35_core.errors import SettingError
 from ..sd35_core.sampling.guidance import SkipLayers, parse_layers
+from ..sd35_core.sampling.recipes import MEDIUM_LAYERS, layers_text
 from .host.guidance import depth_of, with_skip_layers
 
 KEEP, DROP = "keep", "drop"
@@ -29,13 +30,13 @@ class SkipLayerGuidance(io.ComfyNode):
                 io.Model.Input("model", tooltip="A model from SD3.5 Loader."),
                 io.String.Input(
                     "layers",
-                    default="7, 8, 9",
+                    default=layers_text(MEDIUM_LAYERS.layers),
                     tooltip="Layers to skip, from 0, such as 7, 8, 9 or 7-9. Made for SD3.5 "
                     "Medium; Large's layers 7 to 9 do almost nothing good.",
                 ),
                 io.Float.Input(
                     "scale",
-                    default=2.5,
+                    default=MEDIUM_LAYERS.scale,
                     min=0.0,
                     max=10.0,
                     step=0.1,
@@ -43,7 +44,7 @@ class SkipLayerGuidance(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "start",
-                    default=0.01,
+                    default=MEDIUM_LAYERS.start,
                     min=0.0,
                     max=1.0,
                     step=0.001,
@@ -52,7 +53,7 @@ class SkipLayerGuidance(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "end",
-                    default=0.20,
+                    default=MEDIUM_LAYERS.end,
                     min=0.0,
                     max=1.0,
                     step=0.001,

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .guidance import SkipLayers
+
+
+@dataclass(frozen=True)
+class Fits:
+    """The lowest and the highest with which a model still draws well; the check speaks beyond."""
+
+    steps: tuple[float, float] = (10, math.inf)
+    cfg: tuple[float, float] = (1.5, 7)
+    shift: tuple[float, float] = (1.5, 8)
 
 
 @dataclass(frozen=True)
@@ -18,22 +28,25 @@ class Recipe:
     sampler: str = "dpmpp_2m"
     schedule: str = "normal"
     skip_layers: SkipLayers | None = None
+    fits: Fits = Fits()
 
 
 _CONTROLNET = {"steps": 60, "cfg": 3.5, "sampler": "euler"}
-_NANO = {"steps": 28, "cfg": 4.0, "shift": 1.0, "schedule": "simple"}
-_NANO_LAYERS = SkipLayers(frozenset({1}), 2.5, 0.01, 0.20)
-_MEDIUM_LAYERS = SkipLayers(frozenset({7, 8, 9}), 2.5, 0.01, 0.20)
+_OF_NANO = Fits(shift=(0, 2))
+_NANO = {"steps": 28, "cfg": 4.0, "shift": 1.0, "schedule": "simple", "fits": _OF_NANO}
+_TURBO = {"steps": 4, "cfg": 1.0, "sampler": "euler", "fits": Fits(steps=(1, 12), cfg=(0, 1.5))}
+NANO_LAYERS = SkipLayers(frozenset({1}), 2.5, 0.01, 0.20)
+MEDIUM_LAYERS = SkipLayers(frozenset({7, 8, 9}), 2.5, 0.01, 0.20)
 
 RECIPES = {
     "sd35_nano": Recipe("SD3.5 nano (comes with the pack)", **_NANO),
-    "sd35_nano_slg": Recipe("SD3.5 nano + Skip Layer Guidance", skip_layers=_NANO_LAYERS, **_NANO),
+    "sd35_nano_slg": Recipe("SD3.5 nano + Skip Layer Guidance", skip_layers=NANO_LAYERS, **_NANO),
     "sd3.5_medium": Recipe("SD3.5 Medium", steps=50, cfg=5.0),
     "sd3.5_medium_slg": Recipe(
-        "SD3.5 Medium + Skip Layer Guidance", steps=50, cfg=4.0, skip_layers=_MEDIUM_LAYERS
+        "SD3.5 Medium + Skip Layer Guidance", steps=50, cfg=4.0, skip_layers=MEDIUM_LAYERS
     ),
     "sd3.5_large": Recipe("SD3.5 Large", steps=40, cfg=4.5),
-    "sd3.5_large_turbo": Recipe("SD3.5 Large Turbo", steps=4, cfg=1.0, sampler="euler"),
+    "sd3.5_large_turbo": Recipe("SD3.5 Large Turbo", **_TURBO),
     "sd3.5_large_blur": Recipe("SD3.5 Large + blur ControlNet", **_CONTROLNET),
     "sd3.5_large_canny": Recipe("SD3.5 Large + canny ControlNet", **_CONTROLNET),
     "sd3.5_large_depth": Recipe("SD3.5 Large + depth ControlNet", **_CONTROLNET),
@@ -41,18 +54,19 @@ RECIPES = {
 }
 """By key; `sd35_nano` is the model that comes with the pack. With Skip Layer Guidance: `_slg`."""
 
-LAYER_PRESETS = {
-    "sd3.5_medium": [["Stability AI's", "7, 8, 9"], ["none", ""]],
-    "sd35_nano": [["layer 1", "1"], ["none", ""]],
-}
-"""Recipe -> names and layers that are known to do no harm, to choose from."""
-
 NANO, TURBO = "sd35_nano", "turbo"
 
 
 def layers_text(layers: frozenset[int]) -> str:
     """As the widget has it: "7, 8, 9"."""
     return ", ".join(map(str, sorted(layers)))
+
+
+LAYER_PRESETS = {
+    "sd3.5_medium": [["Stability AI's", layers_text(MEDIUM_LAYERS.layers)], ["none", ""]],
+    "sd35_nano": [["layer 1", layers_text(NANO_LAYERS.layers)], ["none", ""]],
+}
+"""Recipe -> names and layers that are known to do no harm, to choose from."""
 
 
 def recipe_of(variant: str, file_name: str) -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from ..errors import SettingError
@@ -24,17 +23,18 @@ from .workflow_file import api_graph, parsed
 SAMPLER, SKIP = "SD35Sampler", "SkipLayerGuidance"
 LARGEST_ANSWER = 4_000_000
 """Characters of JSON; a sampler of 50 steps takes about a thousand."""
+SETTINGS = ("steps", "cfg", "shift", "sampler", "schedule")
+"""A sampler's widgets that a recipe fills."""
 CHOSEN = "sd35_recipe"
 """The property of a sampler on the canvas that keeps its recipe."""
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
     """A recipe as widgets: those of the sampler, and those of Skip Layer Guidance."""
-    values = asdict(recipe)
-    name, skip = values.pop("name"), recipe.skip_layers
-    del values["skip_layers"]
+    values = {name: getattr(recipe, name) for name in SETTINGS}
+    skip = recipe.skip_layers
     widgets = {"scale": 0.0} if skip is None else skip_values(skip)
-    return {"name": name, "sampler": values, "skip": widgets}
+    return {"name": recipe.name, "sampler": values, "skip": widgets}
 
 
 def skip_values(skip: SkipLayers) -> dict[str, Any]:

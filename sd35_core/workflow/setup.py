@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..errors import SettingError
+from ..network.config import VARIANTS
 from ..sampling.schedules import LEAST_SHIFT, MOST_SHIFT, STEPS_OF_TRAINING, acting_steps, sigmas
 
 STEPS = range(1, 10_001)
 """What a sampler takes."""
 SD3 = "SD3"
 """The kind of model that all this is about."""
-CHANNELS = 16
-PUBLISHED_WIDTHS = (1536, 2432)
+PUBLISHED_WIDTHS = tuple({config.hidden for config in VARIANTS.values()})
 
 
 @dataclass(frozen=True)

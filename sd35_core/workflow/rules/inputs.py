@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...network.latent import CHANNELS, PIXELS
 from ..finding import Finding, error, note, warning
-from ..setup import CHANNELS, Setup
+from ..setup import Setup
 
-PIXELS_OF_A_PATCH = 16
+PIXELS_OF_A_PATCH = 2 * PIXELS
 SMALLEST, LARGEST = 0.25, 2.0
 """Megapixels that SD3.5 was made for."""
 CLIP_TOKENS = 77

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from ...network.latent import CHANNELS
 from ..finding import Finding, error, note, warning
-from ..setup import CHANNELS, SD3, Setup
+from ..setup import SD3, Setup
 
 
 def about_model(setup: Setup) -> Iterator[Finding]:

@@ -6,23 +6,26 @@ from collections.abc import Iterator
 
 from ...errors import SettingError
 from ...sampling.guidance import SkipLayers, parse_layers
-from ...sampling.recipes import RECIPES
+from ...sampling.recipes import NANO, RECIPES, Fits
 from ...sampling.schedules import acting_steps
 from ..finding import Finding, error, note, warning
 from ..setup import Setup, Skip
+
+FITS = Fits()
+"""Of a model that has no recipe."""
 
 
 def about_sampling(setup: Setup) -> Iterator[Finding]:
     steps, cfg, shift = setup.sampling.steps, setup.sampling.cfg, setup.sampling.shift
     if setup.turbo:
         recipe = RECIPES["sd3.5_large_turbo"]
-        if cfg is not None and cfg > 1.5:
+        if cfg is not None and cfg > recipe.fits.cfg[1]:
             yield warning(
                 "turbo cfg",
                 f"cfg is {cfg:g}, but Large Turbo was distilled to go without guidance: colours "
                 f"burn, and every step takes twice the time. Set cfg to {recipe.cfg:g}.",
             )
-        if steps is not None and steps > 12:
+        if steps is not None and steps > recipe.fits.steps[1]:
             yield warning(
                 "turbo steps",
                 f"steps is {steps}, but Large Turbo was made for {recipe.steps}: more take time "
@@ -36,13 +39,13 @@ def about_sampling(setup: Setup) -> Iterator[Finding]:
             )
     elif setup.published and setup.model is not None and setup.model.variant is not None:
         recipe = RECIPES[setup.model.variant]
-        if steps is not None and steps < 10:
+        if steps is not None and steps < recipe.fits.steps[0]:
             yield warning(
                 "few steps",
                 f"steps is {steps}; {recipe.name} needs 20 or more ({recipe.steps} in its recipe), "
                 f"and only Large Turbo makes pictures in 4. Set steps to {recipe.steps}.",
             )
-        if cfg and cfg < 1.5:
+        if cfg and cfg < recipe.fits.cfg[0]:
             yield warning(
                 "low cfg",
                 f"cfg is {cfg:g}, so the prompt hardly counts; only Large Turbo goes without "
@@ -55,7 +58,7 @@ def about_sampling(setup: Setup) -> Iterator[Finding]:
             "it 0 when there is no guidance; here that is 1. Set cfg to 1 for Large Turbo, and to "
             "3.5 to 5 for the others.",
         )
-    if cfg is not None and cfg > 7 and not setup.turbo:
+    if cfg is not None and cfg > FITS.cfg[1] and not setup.turbo:
         yield warning(
             "high cfg",
             f"cfg is {cfg:g}: contrast and colours burn. SD3.5 was made for 3.5 to 5; lower it.",
@@ -67,13 +70,13 @@ def about_sampling(setup: Setup) -> Iterator[Finding]:
             f"The sampler {sampler} counts cfg on another scale: at {cfg:g} the picture burns. Set "
             f"cfg to 0.8 to 2, or take {sampler.removesuffix('_cfg_pp')}.",
         )
-    if setup.published and shift is not None and not 1.5 <= shift <= 8:
+    if setup.published and shift is not None and not FITS.shift[0] <= shift <= FITS.shift[1]:
         yield warning(
             "shift",
             f"shift is {shift:g}, but SD3.5 was made for 3 (up to 6 for larger pictures). "
             "Set shift to 3.",
         )
-    if setup.nano and shift is not None and shift > 2:
+    if setup.nano and shift is not None and shift > RECIPES[NANO].fits.shift[1]:
         yield warning(
             "shift",
             f"shift is {shift:g}, but the small model that comes with the pack was trained for 1. "
