@@ -178,7 +178,8 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
         seen = self.seen_by_vae(picture)
         loaded = comfy.model_management.loaded_models(only_currently_used=True)
         latents = self.vae.encode((seen + 1) / 2)
-        comfy.model_management.load_models_gpu(loaded)
+        # the host may list a model of which only the weights are left
+        comfy.model_management.load_models_gpu([model for model in loaded if model is not None])
         if latents.shape[1:] != (self.config.in_channels, rows, columns):
             raise SettingError(
                 f"The connected VAE makes latents of shape {list(latents.shape[1:])} from the "

@@ -11,27 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from automation.workflow import Workflow
-
 from ..conftest import PACK
 
 JOBS = 8
-
-
-@pytest.fixture
-def table(tmp_path: Path, quick: Workflow) -> Path:
-    """A JSONL of jobs and, beside it, the workflow that it names."""
-    (tmp_path / "quick.json").write_text(json.dumps(quick), encoding="utf-8")
-    rows = [
-        {"workflow": "quick.json", "seed": n, "set": {"Prompt.text": f"a big owl {n % 2}"},
-         "tags": {"n": n}}
-        for n in range(JOBS)
-    ]  # fmt: skip
-    path = tmp_path / "jobs.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return path
 
 
 def started(

@@ -84,3 +84,21 @@ def test_a_file_of_which_memory_ends_is_not_called_damaged(
     widgets = ["from model file"] * 4
     with pytest.raises(MemoryError, match=f"while loading '{NANO.name}'. Close other programs"):
         comfy.loader.SD35Loader.execute(NANO.name, *widgets, "default")
+
+
+def test_a_model_of_which_only_the_weights_are_left_stops_no_controlnet(
+    ours: Any, ksampler: Any, controlled: Any
+) -> None:
+    """As after a run that ended in an error: a ring of copies is collected at once, and the host
+    keeps an entry of theirs without a model."""
+    import comfy.model_management as management
+
+    settings = controlled("canny 2b")
+    expected = ksampler(ours, steps=2, **settings)
+    copy = ours.clone()
+    copy.ring = copy.clone()
+    management.load_models_gpu([copy.ring])
+    del copy
+    gc.collect()
+    assert None in management.loaded_models(only_currently_used=True)
+    assert torch.equal(ksampler(ours, steps=2, **controlled("canny 2b")), expected)

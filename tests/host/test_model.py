@@ -220,7 +220,8 @@ def test_the_hosts_own_attention_stays_on_other_devices_than_the_processor(
     import comfy.ldm.modules.attention as attentions
     import comfy.model_management as management
 
-    attention = __import__("sd35_pack.nodes.host.processor", fromlist=["attention"]).attention
+    processor = __import__("sd35_pack.nodes.host.processor", fromlist=["chosen_attention"])
+    attention = processor.chosen_attention
     monkeypatch.setattr(attentions, "optimized_attention", attentions.attention_sub_quad)
     assert attention() is attentions.attention_pytorch
     monkeypatch.setattr(management, "cpu_state", management.CPUState.MPS)
