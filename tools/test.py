@@ -67,10 +67,11 @@ def main() -> int:
     python = str(found.python)
     wanted = sys.argv[1:]
     commands = [[python, "-m", "pytest", *wanted]]
+    options, threads = shared_out()
+    if wanted in ([], ["--fast"]) or "-n" in wanted:
+        environment |= threads
     if wanted in ([], ["--fast"]):
         style = [python, "-m", "ruff"]
-        options, threads = shared_out()
-        environment |= threads
         commands = [
             [*style, "check", "."],
             [*style, "format", "--check", "."],
