@@ -169,7 +169,7 @@ def shipped_score(path: Path, name: str) -> str:
     Figures of tools/nano/quantization_study.py: 500 captions, 10 steps of euler.
     """
     measured = json.loads(SHIPPED.read_text(encoding="utf-8"))
-    if not path.samefile(SHIPPED.with_name(measured["formats"]["16 bit"]["file"])):
+    if path.resolve() != SHIPPED.resolve().with_name(measured["formats"]["16 bit"]["file"]):
         return ""
     things = {f["file"]: f["score"]["all"]["thing"] for f in measured["formats"].values()}
     if name not in things:

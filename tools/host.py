@@ -1,7 +1,7 @@
-"""A ComfyUI to run the pack in: get one, check it, start it, talk to it.
+"""A ComfyUI to run the pack in: find it, start it, talk to it.
 
-COMFYUI_PATH names an own install; otherwise one is fetched into a cache outside the checkout
-(SD35_CACHE, else the platform's cache folder) and reused; COMFYUI_VERSION chooses an older one.
+COMFYUI_PATH names an own install; otherwise tools/install.py fetches one into a cache outside the
+checkout (SD35_CACHE, else the platform's cache folder); COMFYUI_VERSION chooses an older one.
 Standard library alone until the host's environment exists; `run_prompt` shows progress with that
 environment's aiohttp.
 """

