@@ -8,12 +8,22 @@ from comfy_api.latest import io, ui
 
 from ..sd35_core.errors import SettingError
 from ..sd35_core.workflow.check import findings, report
+from ..sd35_core.workflow.own_nodes import CHECK_OUTPUTS, NAMES
 from .host import facts
 from .host.files import hashed
 from .host.report import tell
 
 REPORT, ERRORS, WARNINGS = "report", "stop at errors", "stop at warnings"
 STOPS = {REPORT: (), ERRORS: ("error",), WARNINGS: ("error", "warning")}
+
+OUTPUTS = {
+    "model": io.Model.Output(tooltip="The model, unchanged."),
+    "positive": io.Conditioning.Output(display_name="positive", tooltip="The prompt, unchanged."),
+    "negative": io.Conditioning.Output(
+        display_name="negative", tooltip="The negative prompt, unchanged."
+    ),
+    "latent": io.Latent.Output(tooltip="The latent, unchanged."),
+}
 
 
 class SD35Check(io.ComfyNode):
@@ -23,7 +33,7 @@ class SD35Check(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SD35Check",
-            display_name="SD3.5 Check",
+            display_name=NAMES["SD35Check"],
             category="SD3.5",
             description="Put it before the sampler. It looks at the model, prompts, ControlNets, "
             "latent and the sampler's widgets, and says what will go wrong or do nothing, and "
@@ -42,21 +52,14 @@ class SD35Check(io.ComfyNode):
                     "with the same words.",
                 ),
             ],
-            outputs=[
-                io.Model.Output(tooltip="The model, unchanged."),
-                io.Conditioning.Output(display_name="positive", tooltip="The prompt, unchanged."),
-                io.Conditioning.Output(
-                    display_name="negative", tooltip="The negative prompt, unchanged."
-                ),
-                io.Latent.Output(tooltip="The latent, unchanged."),
-            ],
+            outputs=[OUTPUTS[name] for name in CHECK_OUTPUTS],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
         """Changes with what the workflow after this node says, which is no input of it."""
-        setups = facts.static(facts.running_prompt(), cls.hidden.unique_id)
+        setups = facts.setups_after(facts.running_prompt(), cls.hidden.unique_id)
         return hashed("\n".join(report(findings(setup)) for setup in setups))
 
     @classmethod
@@ -64,9 +67,10 @@ class SD35Check(io.ComfyNode):
         cls, model: Any, positive: Any, negative: Any, latent: Any, strict: str, vae: Any = None
     ) -> io.NodeOutput:
         node_id, prompt = cls.hidden.unique_id, cls.hidden.prompt or {}
-        found = facts.said(prompt, node_id, model, positive, negative, latent, vae)
+        found = facts.findings_at(prompt, node_id, model, positive, negative, latent, vae)
         text = report(found)
         tell(text, node_id)
         if any(finding.severity in STOPS[strict] for finding in found):
             raise SettingError("Stopped before sampling, as 'strict' says.", *map(str, found))
-        return io.NodeOutput(model, positive, negative, latent, ui=ui.PreviewText(text))
+        given = {"model": model, "positive": positive, "negative": negative, "latent": latent}
+        return io.NodeOutput(*(given[name] for name in CHECK_OUTPUTS), ui=ui.PreviewText(text))

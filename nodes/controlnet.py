@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..sd35_core.encoders import hints
 from ..sd35_core.errors import SettingError
+from ..sd35_core.workflow.own_nodes import NAMES
 from .host import files
 from .host.controlnet import COMFYUI, STABILITY, Options, controlnet_from, from_loader, steered
 from .host.loading import read
@@ -27,7 +28,7 @@ class SD35ControlNetLoader(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SD35ControlNetLoader",
-            display_name="SD3.5 ControlNet Loader",
+            display_name=NAMES["SD35ControlNetLoader"],
             category="SD3.5",
             description="Loads a blur, canny or depth ControlNet for SD3.5 Large or Medium. It "
             "works with every node that applies a ControlNet.",
@@ -90,7 +91,7 @@ class SD35ControlNetApply(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SD35ControlNetApply",
-            display_name="SD3.5 ControlNet Apply",
+            display_name=NAMES["SD35ControlNetApply"],
             category="SD3.5",
             description="Steers both prompts by a picture: blur, canny edges or depth. Several "
             "in a row add up.",
@@ -168,7 +169,7 @@ class SD35ControlHint(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SD35ControlHint",
-            display_name="SD3.5 Control Hint",
+            display_name=NAMES["SD35ControlHint"],
             category="SD3.5",
             description="Makes a ControlNet's hint from a picture: blurs it, finds its edges, or "
             "puts a depth map right. The second output shows what the VAE will see.",

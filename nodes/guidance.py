@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..sd35_core.errors import SettingError
 from ..sd35_core.sampling.guidance import SkipLayers, parse_layers
 from ..sd35_core.sampling.recipes import MEDIUM_LAYERS, layers_text
+from ..sd35_core.workflow.own_nodes import NAMES
 from .host.guidance import depth_of, with_skip_layers
 
 KEEP, DROP = "keep", "drop"
@@ -21,7 +22,7 @@ class SkipLayerGuidance(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SkipLayerGuidance",
-            display_name="Skip Layer Guidance (SD3.5)",
+            display_name=NAMES["SkipLayerGuidance"],
             category="SD3.5",
             description="Guides away from what the model predicts with some layers skipped, which "
             "mends anatomy and structure on SD3.5 Medium. Counts steps, so it acts alike on "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..sd35_core.workflow.known_nodes import ALIAS
+from ..sd35_core.workflow.own_nodes import ALIAS, LOADER, NAMES
 from .host import files, loading, text
 from .host.memory import enough_memory
 from .host.report import tell
@@ -21,8 +21,8 @@ class SD35Loader(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         encoders = [FROM_MODEL, NONE, *files.listed("text_encoders")]
         return io.Schema(
-            node_id="SD35Loader",
-            display_name="SD3.5 Loader",
+            node_id=LOADER,
+            display_name=NAMES[LOADER],
             category="SD3.5",
             description="Loads Stable Diffusion 3 or 3.5: one checkpoint, or a diffusion model "
             "with text encoders and VAE beside it. Says which variant it found.",
@@ -128,7 +128,7 @@ class SD35ModelLoader(SD35Loader):
     def define_schema(cls) -> io.Schema:
         schema = SD35Loader.define_schema()
         schema.node_id = ALIAS
-        schema.display_name = "SD3.5 Loader (beside RES4LYF)"
+        schema.display_name = NAMES[ALIAS]
         schema.category = "SD3.5/beside RES4LYF"
         schema.description = (
             "SD3.5 Loader under another name: the pack RES4LYF has a node SD35Loader as well, and "

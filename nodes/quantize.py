@@ -12,6 +12,7 @@ from ..sd35_core.errors import SettingError
 from ..sd35_core.packing.formats import FP8, INT8, RAW_FP8
 from ..sd35_core.quantization.plan import Plan
 from ..sd35_core.quantization.quantize import output_path, quantize_file
+from ..sd35_core.workflow.own_nodes import NAMES
 from .host.calibration import calibration, with_hint
 from .host.controlnet import from_loader
 from .host.files import PACK_MODELS, first_folder
@@ -45,7 +46,7 @@ class SD35Quantize(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SD35Quantize",
-            display_name="SD3.5 Quantize",
+            display_name=NAMES["SD35Quantize"],
             category="SD3.5",
             description="Writes a smaller file beside the original, which the loaders take as any "
             "other, and reports what it costs. With a ControlNet connected, the ControlNet is "

@@ -7,7 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..sd35_core.sampling.samplers import SAMPLERS
-from ..sd35_core.sampling.schedules import SCHEDULES, sigmas
+from ..sd35_core.sampling.schedules import DEFAULT_SHIFT, SCHEDULES, make_sigmas
+from ..sd35_core.workflow.own_nodes import NAMES
 from .host import sampling
 
 
@@ -23,7 +24,7 @@ def schedule_inputs() -> dict[str, io.Input]:
         ),
         "shift": io.Float.Input(
             "shift",
-            default=3.0,
+            default=DEFAULT_SHIFT,
             min=0.01,
             max=100.0,
             step=0.01,
@@ -55,7 +56,7 @@ class SD35Sampler(io.ComfyNode):
         schedule = schedule_inputs()
         return io.Schema(
             node_id="SD35Sampler",
-            display_name="DPM++ 2M Shift Sampler (SD3.5)",
+            display_name=NAMES["SD35Sampler"],
             category="SD3.5",
             description="Samples SD3.5 with DPM-Solver++(2M), or Euler, on the reference's "
             "shifted schedule. Shift is a widget here: no ModelSamplingSD3 node is needed.",
@@ -109,10 +110,10 @@ class SD35Sampler(io.ComfyNode):
         schedule: str,
         denoise: float,
     ) -> io.NodeOutput:
-        levels = sigmas(steps, shift, schedule, denoise)
+        sigmas = make_sigmas(steps, shift, schedule, denoise)
         shifted = sampling.with_shift(model, shift)
         return io.NodeOutput(
-            sampling.sample(shifted, positive, negative, latent, seed, cfg, sampler, levels)
+            sampling.sample(shifted, positive, negative, latent, seed, cfg, sampler, sigmas)
         )
 
 
@@ -123,7 +124,7 @@ class SD35Sigmas(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SD35Sigmas",
-            display_name="SD3.5 Sigmas",
+            display_name=NAMES["SD35Sigmas"],
             category="SD3.5",
             description="The schedule of the DPM++ 2M Shift Sampler, for SamplerCustomAdvanced.",
             inputs=list(schedule_inputs().values()),
@@ -132,4 +133,4 @@ class SD35Sigmas(io.ComfyNode):
 
     @classmethod
     def execute(cls, steps: int, shift: float, schedule: str, denoise: float) -> io.NodeOutput:
-        return io.NodeOutput(sigmas(steps, shift, schedule, denoise))
+        return io.NodeOutput(make_sigmas(steps, shift, schedule, denoise))

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..sd35_core.errors import SettingError
 from ..sd35_core.sampling.step_cache import PACES
+from ..sd35_core.workflow.own_nodes import NAMES
 from .host.guidance import depth_of
 from .host.step_cache import with_step_cache
 
@@ -19,7 +20,7 @@ class SD35StepCache(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SD35StepCache",
-            display_name="SD3.5 Step Cache (approximate)",
+            display_name=NAMES["SD35StepCache"],
             category="SD3.5",
             description="Leaves out steps in which the picture would hardly change: faster, and "
             "the picture changes a little. Keeps Skip Layer Guidance, ControlNets and LoRAs, and "

@@ -12,7 +12,8 @@ from comfy_api.latest import io
 
 from ..sd35_core.errors import SettingError
 from ..sd35_core.sampling.guidance import SkipLayers, parse_layers
-from ..sd35_core.sampling.schedules import sigmas
+from ..sd35_core.sampling.schedules import make_sigmas
+from ..sd35_core.workflow.own_nodes import NAMES
 from .guidance import SkipLayerGuidance
 from .host import sampling
 from .host.guidance import depth_of, with_skip_layers
@@ -38,7 +39,7 @@ class SD35SkipLayerSweep(io.ComfyNode):
         widgets = ("seed", "steps", "cfg", "shift", "sampler", "schedule", "denoise")
         return io.Schema(
             node_id="SD35SkipLayerSweep",
-            display_name="SD3.5 Skip Layer Sweep",
+            display_name=NAMES["SD35SkipLayerSweep"],
             category="SD3.5",
             description="Draws the same seed without Skip Layer Guidance and with each of several "
             "sets of layers, or scales, and lays the pictures out on one labelled sheet.",
@@ -100,9 +101,9 @@ class SD35SkipLayerSweep(io.ComfyNode):
         start: float,
         end: float,
     ) -> io.NodeOutput:
-        levels = sigmas(steps, shift, schedule, denoise)
+        sigmas = make_sigmas(steps, shift, schedule, denoise)
         skips = skips_of(over, layers, scales, start, end, depth_of(model))
-        total, batch, names = len(levels) - 1, len(latent["samples"]), ["none", *skips.values()]
+        total, batch, names = len(sigmas) - 1, len(latent["samples"]), ["none", *skips.values()]
         covered = max(len(skip.acting(total)) for skip in skips)
         if not covered:
             raise SettingError(
@@ -117,7 +118,7 @@ class SD35SkipLayerSweep(io.ComfyNode):
             )
         shifted = sampling.with_shift(model, shift)
         latents = [
-            sampling.sample(each, positive, negative, latent, seed, cfg, sampler, levels)
+            sampling.sample(each, positive, negative, latent, seed, cfg, sampler, sigmas)
             for each in (shifted, *(with_skip_layers(shifted, skip) for skip in skips))
         ]
         show, decoded = progress(), []

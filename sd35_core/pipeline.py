@@ -24,11 +24,11 @@ from .encoders.text_encoder import (
     padded_tokens,
 )
 from .network.controlnet import ControlNetEmbedder
-from .network.latent import CHANNELS, PIXELS, from_model
+from .network.latent import LATENT_CHANNELS, PIXELS, from_model
 from .network.mmditx import MMDiTX, Twin
 from .sampling.guidance import SkipLayers, away_from_skipped, guided, step_of
 from .sampling.samplers import SAMPLERS, Denoise
-from .sampling.schedules import sigmas
+from .sampling.schedules import make_sigmas
 from .sampling.step_cache import PACES, StepCache
 
 BATCH = 16
@@ -105,20 +105,20 @@ class Pipeline:
         the model's scale.
         """
         pictures: list[Tensor] = []
-        levels = sigmas(settings.steps, settings.shift, settings.schedule)
+        sigmas = make_sigmas(settings.steps, settings.shift, settings.schedule)
         for start in range(0, len(captions), BATCH):
             part = captions[start : start + BATCH]
             seeds_of_part = seeds[start : start + BATCH]
             noise = torch.cat([noise_of(seed, settings.size) for seed in seeds_of_part])
             context, y = self.encode([*part, *[settings.negative] * len(part)], settings.without)
             hint = None if hints is None else hints[start : start + BATCH].to(self.device)
-            denoise = partial(self.denoised, settings=settings, levels=levels, hint=hint)
+            denoise = partial(self.denoised, settings=settings, sigmas=sigmas, hint=hint)
             if settings.pace:
-                denoise = paced(denoise, settings, levels)
+                denoise = paced(denoise, settings, sigmas)
             inputs = {"context": context, "y": y}
             sample = SAMPLERS[settings.sampler]
             with torch.autocast(self.device.type, torch.bfloat16):
-                latent = sample(denoise, noise.to(self.device), levels, inputs)
+                latent = sample(denoise, noise.to(self.device), sigmas, inputs)
                 pixels = self.autoencoder.decode(from_model(latent)).float().clamp(0, 1)
             pictures += (255 * pixels).round().byte().permute(0, 2, 3, 1).cpu().contiguous()
             on_done(len(pictures))
@@ -131,7 +131,7 @@ class Pipeline:
         context: Tensor,
         y: Tensor,
         settings: Settings,
-        levels: Tensor,
+        sigmas: Tensor,
         hint: Tensor | None = None,
     ) -> Tensor:
         """The guided picture; context and y hold the captions' rows, then the negative ones."""
@@ -139,7 +139,7 @@ class Pipeline:
         rows = [torch.arange(count, device=x.device)]
         if settings.cfg != 1:
             rows.append(rows[0] + count)
-        active = slg.active(step_of(sigma[0], levels), settings.steps)
+        active = slg.active(step_of(sigma[0], sigmas), settings.steps)
         twins = []
         if active:
             first = len(rows) * count
@@ -161,12 +161,12 @@ class Pipeline:
         return away_from_skipped(result, cond, parts[-1], slg.scale) if active else result
 
 
-def paced(denoise: Denoise, settings: Settings, levels: Tensor) -> Denoise:
+def paced(denoise: Denoise, settings: Settings, sigmas: Tensor) -> Denoise:
     """The same with a step cache, for one run."""
-    cache = StepCache(PACES[settings.pace], len(levels) - 1)
+    cache = StepCache(PACES[settings.pace], len(sigmas) - 1)
 
     def denoised(x: Tensor, sigma: Tensor, **inputs: Tensor) -> Tensor:
-        level, step = float(sigma[0]), step_of(sigma[0], levels)
+        level, step = float(sigma[0]), step_of(sigma[0], sigmas)
         acting = settings.slg.active(step, settings.steps)
         return cache.denoised(step, level, acting, lambda: denoise(x, sigma, **inputs))
 
@@ -175,7 +175,7 @@ def paced(denoise: Denoise, settings: Settings, levels: Tensor) -> Denoise:
 
 def noise_of(seed: int, size: tuple[int, int]) -> Tensor:
     """(1, 16, H / 8, W / 8), as a host makes it: on the CPU from the seed alone."""
-    shape = (1, CHANNELS, size[1] // PIXELS, size[0] // PIXELS)
+    shape = (1, LATENT_CHANNELS, size[1] // PIXELS, size[0] // PIXELS)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 

@@ -13,12 +13,21 @@ PACK = Path(__file__).resolve().parent.parent
 NANO = PACK / "models" / "nano" / "sd35_nano.safetensors"
 
 
+LONGEST = ("test_ray", "test_panels", "test_canvas", "test_card", "test_load", "test_reach")
+"""Files that take minutes come first, so that none of them is left to one process at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"{name}.py": n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 @pytest.fixture(scope="session")
 def comfyui() -> hosts.Host:
     """The host; tests that need it are skipped without one."""
     if not os.environ.get("COMFYUI_PATH") and not os.environ.get("SD35_HOST"):
         pytest.skip("no ComfyUI: run python tools/test.py, or set COMFYUI_PATH")
-    return hosts.find()
+    return hosts.find_comfyui()
 
 
 @pytest.fixture(scope="session")

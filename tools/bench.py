@@ -236,7 +236,7 @@ def memory(case: Case, dtype: Any, device: Any, steps: int = 28) -> dict[str, An
             if mode == "on":
                 cache = ModulationCache()
                 ahead = torch.linspace(1000, 10, steps, device=device)
-                known = cache.of(network, ahead[:1].expand(len(y)), y, ahead)
+                known = cache.look_up(network, ahead[:1].expand(len(y)), y, ahead)
                 assert cache.kept is not None
                 parts = [cache.kept.c, cache.kept.final, *sum(cache.kept.blocks, ())]
                 kept = sum(t.numel() * t.element_size() for t in parts)
@@ -279,7 +279,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    found = host.find()
+    found = host.find_comfyui()
     if not host.started_again():
         return host.start_again(found.python, __file__)
     import torch

@@ -139,7 +139,7 @@ def plan(found: hosts.Host, jobs: int, folder: Path) -> None:
 
 
 def main() -> int:
-    found = hosts.find()
+    found = hosts.find_comfyui()
     if not hosts.started_again():
         return hosts.start_again(found.python, __file__)
     parser = argparse.ArgumentParser(description="Time batches.")

@@ -64,7 +64,7 @@ def opening_and_dragging(page: Any, kinds: list[str], count: int = NODES) -> tup
 
 
 def main() -> int:
-    found = host.find()
+    found = host.find_comfyui()
     if not host.started_again():
         return host.start_again(found.python, __file__)
     from tools import browser

@@ -81,7 +81,7 @@ def measure(device: Any, runs: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> int:
-    found = host.find()
+    found = host.find_comfyui()
     if not host.started_again():
         return host.start_again(found.python, __file__)
     import torch

@@ -25,7 +25,7 @@ FLAGS = [
 @contextmanager
 def canvas(url: str, nodes_2: bool = False) -> Iterator[Page]:
     """The page of a running ComfyUI, ready, with its console in `page.messages`."""
-    path = chromium.find()
+    path = chromium.find_browser()
     if path is None:
         raise FileNotFoundError("no Chromium: set SD35_CHROMIUM to one")
     with sync_playwright() as playwright:

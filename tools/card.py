@@ -309,7 +309,7 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "system": platform.platform(),
     }
-    return {**found, "ComfyUI": host.find().version}
+    return {**found, "ComfyUI": host.find_comfyui().version}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -369,7 +369,7 @@ def measure(part: str, out: Path, small: bool) -> int:
 
     if part != "tests":
         with in_folder() as base:
-            import_pack(host.find(), base, cpu=not torch.cuda.is_available())
+            import_pack(host.find_comfyui(), base, cpu=not torch.cuda.is_available())
             write_text(out, json.dumps(PARTS[part](out, small)), replace=True)
         return 0
     write_text(out, json.dumps(tests(out, small)), replace=True)
@@ -389,14 +389,14 @@ def main() -> int:
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if importlib.util.find_spec("torch") is None and not host.started_again():
-        return host.start_again(host.find().python, __file__)
+        return host.start_again(host.find_comfyui().python, __file__)
     import torch
 
     if options.part:
         return measure(options.part, options.out, options.small)
     if options.pack:
         return pack(options.pack, options.python, set(options.has.lower().split(",")))
-    os.environ.setdefault("COMFYUI_PATH", str(host.find().folder))
+    os.environ.setdefault("COMFYUI_PATH", str(host.find_comfyui().folder))
     return run(options.out, options.small or not torch.cuda.is_available())
 
 

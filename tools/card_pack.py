@@ -54,7 +54,7 @@ def needed() -> dict[str, str]:
     script = (
         "import sys, json, tempfile; from pathlib import Path; from tools import host;"
         "from tools.inprocess import import_pack;"
-        "import_pack(host.find(), Path(tempfile.mkdtemp()));"
+        "import_pack(host.find_comfyui(), Path(tempfile.mkdtemp()));"
         "import comfy.sd, comfy.samplers, nodes;"
         "print(json.dumps([n.split('.')[0] for n, m in sys.modules.items()"
         " if 'site-packages' in (getattr(m, '__file__', None) or '')]))"
@@ -88,8 +88,10 @@ def pack(folder: Path, python: str, has: set[str]) -> int:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(site)
         with tarfile.open(folder / "card.tar.xz", "w:xz", preset=6) as archive:
-            for source, name in ((host.PACK, host.PACK_NAME), (host.find().folder, "ComfyUI"),
-                                 (site, "site")):  # fmt: skip
+            comfyui = host.find_comfyui().folder
+            for source, name in (
+                (host.PACK, host.PACK_NAME), (comfyui, "ComfyUI"), (site, "site")
+            ):  # fmt: skip
                 archive.add(source, name, filter=lambda entry, root=name: wanted(entry, root))
             archive.add(vae, f"{host.PACK_NAME}/{NANO}")
     launcher = Path(__file__).with_name("card_packed.py").read_text("utf-8")

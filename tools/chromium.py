@@ -10,7 +10,7 @@ from pathlib import Path
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
 
 
-def find() -> str | None:
+def find_browser() -> str | None:
     """SD35_CHROMIUM, else one on PATH, else one where Windows or macOS installs it."""
     named = os.environ.get("SD35_CHROMIUM")
     return named or next(filter(None, map(shutil.which, NAMES)), None) or installed()

@@ -146,7 +146,7 @@ def asked() -> dict[str, Any]:
             path = Path(folder) / "models" / name / A_FILE
             path.parent.mkdir(parents=True)
             path.touch()
-        with host.Server(host.find(), base=Path(folder)) as server:
+        with host.Server(host.find_comfyui(), base=Path(folder)) as server:
             return contract(host.call(server.url, "/object_info"))
 
 

@@ -171,7 +171,7 @@ def main() -> int:
         if options.host and options.host.startswith(("http://", "https://")):
             make_picture(options.host.rstrip("/"), options, prompt)
             return 0
-        found = host.find(options.host)
+        found = host.find_comfyui(options.host)
         if not host.started_again():
             return host.start_again(found.python, __file__)
         install.say(f"Starting ComfyUI {found.version} ...")

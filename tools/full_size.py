@@ -129,7 +129,7 @@ def main() -> int:
     if sys.argv[1:2] == ["--make"]:
         make(Path(sys.argv[2]))
         return 0
-    found = host.find()
+    found = host.find_comfyui()
     if not host.started_again():
         return host.start_again(found.python, __file__)
     with tempfile.TemporaryDirectory(prefix="sd35-full-size-") as folder:

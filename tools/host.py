@@ -36,7 +36,7 @@ MOST_JSON, MOST_PICTURES = 64_000_000, 256_000_000
 """Bytes of an answer of a server, and of all pictures of a prompt."""
 
 
-def find(path: str | None = None) -> Host:
+def find_comfyui(path: str | None = None) -> Host:
     """The host at `path` or COMFYUI_PATH, else a cached one, fetched if it isn't there."""
     if sys.version_info < (3, 10):  # noqa: UP036
         raise HostError(

@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path, help="write every outcome there, as JSON")
     options = parser.parse_args()
     try:
-        found = host.find()
+        found = host.find_comfyui()
         without, beside = compared(found)
     except host.HostError as error:
         print(f"host_suites: {error}", file=sys.stderr)

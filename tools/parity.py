@@ -32,7 +32,7 @@ from sd35_core.network.latent import from_model, to_model
 from sd35_core.network.mmditx import MMDiTX, Twin
 from sd35_core.sampling.guidance import SkipLayers, away_from_skipped, guided, step_of
 from sd35_core.sampling.samplers import SAMPLERS
-from sd35_core.sampling.schedules import sigmas
+from sd35_core.sampling.schedules import make_sigmas
 
 Record = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -145,7 +145,7 @@ def check_schedule(record: Record, tensors: Tensors) -> Iterator[Difference]:
     for key, expected in tensors.items():
         if key.startswith("out.sigmas."):
             shift, steps = key.removeprefix("out.sigmas.shift").split(".steps")
-            yield key[4:], relative(sigmas(int(steps), float(shift)), expected)
+            yield key[4:], relative(make_sigmas(int(steps), float(shift)), expected)
     latent = tensors["in.latent"]
     yield "process_in", relative(to_model(latent), tensors["out.process_in"])
     yield "process_out", relative(from_model(latent), tensors["out.process_out"])

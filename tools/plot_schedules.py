@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sd35_core.sampling.schedules import SCHEDULES, sigmas
+from sd35_core.sampling.schedules import SCHEDULES, make_sigmas
 from sd35_core.whole_file import write_text
 
 TARGET = Path(__file__).resolve().parent.parent / "web" / "docs" / "schedules.svg"
@@ -24,9 +24,9 @@ COLOURS = {
 
 def curve(name: str) -> str:
     """One schedule: a line with a dot for every step."""
-    levels = sigmas(STEPS, SHIFT, name).tolist()
+    sigmas = make_sigmas(STEPS, SHIFT, name).tolist()
     points = [
-        (LEFT + WIDTH * i / STEPS, TOP + HEIGHT * (1 - level)) for i, level in enumerate(levels)
+        (LEFT + WIDTH * i / STEPS, TOP + HEIGHT * (1 - level)) for i, level in enumerate(sigmas)
     ]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2"/>' for x, y in points)

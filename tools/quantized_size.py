@@ -93,7 +93,7 @@ def load(path: Path) -> int:
 def main() -> int:
     if sys.argv[1:2] == ["--load"]:
         return load(Path(sys.argv[2]))
-    found = host.find()
+    found = host.find_comfyui()
     if not host.started_again():
         return host.start_again(found.python, __file__)
     from sd35_core.quantization.plan import Plan

@@ -18,7 +18,7 @@ from tools import host
 
 def main() -> int:
     if not host.started_again():
-        return host.start_again(host.find().python, __file__)
+        return host.start_again(host.find_comfyui().python, __file__)
     from tools.nano.scoring import main as score
 
     return score()

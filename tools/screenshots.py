@@ -72,7 +72,7 @@ def picture(page: Any, kind: str) -> bytes:
 
 
 def main() -> int:
-    found = host.find()
+    found = host.find_comfyui()
     if not host.started_again():
         return host.start_again(found.python, __file__)
     from PIL import Image

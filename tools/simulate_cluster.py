@@ -132,7 +132,7 @@ def simulate(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    found = hosts.find()
+    found = hosts.find_comfyui()
     if not hosts.started_again():
         return hosts.start_again(found.python, __file__)
     parser = argparse.ArgumentParser(description="What the driver of a batch can carry.")

@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sd35_core.errors import SettingError
 from sd35_core.workflow.check import LARGEST_FILE, SECONDS, check, files_under
 from sd35_core.workflow.finding import Finding
-from sd35_core.workflow.reader import Find
+from sd35_core.workflow.reader import FindFile
 from sd35_core.workflow.workflow_file import read_workflow
 
 KINDS = (".json", ".png", ".webp")
 
 
-def looked_at(path: Path, find: Find) -> dict[str, list[Finding]]:
+def looked_at(path: Path, find: FindFile) -> dict[str, list[Finding]]:
     """Sampler -> findings. Raises SettingError, and whatever is a fault."""
     if path.stat().st_size > LARGEST_FILE:
         raise SettingError("It is too large for a workflow.")

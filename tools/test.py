@@ -22,7 +22,7 @@ from tools.nano.pictures import emoji_folder
 
 def browser_path() -> str | None:
     """A Chromium for the browser tests: one that is there, or Debian's, installed."""
-    found = chromium.find()
+    found = chromium.find_browser()
     if found is None and shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
         install.say("Installing chromium for the tests of the canvas")
         for command in (
@@ -31,7 +31,7 @@ def browser_path() -> str | None:
         ):
             quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
             subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env=quiet)
-        found = chromium.find()
+        found = chromium.find_browser()
     return found
 
 
@@ -47,13 +47,13 @@ def shared_out() -> tuple[list[str], dict[str, str]]:
     processes = min(cores or 1, MOST_PROCESSES)
     if processes == 1:
         return [], {}
-    threads = str((cores or 1) // processes)
-    return ["-n", str(processes), "--dist", "loadfile"], {"OMP_NUM_THREADS": threads}
+    share = ["-n", str(processes), "--dist", "loadfile", "--no-loadscope-reorder"]
+    return share, {"OMP_NUM_THREADS": str((cores or 1) // processes)}
 
 
 def main() -> int:
     try:
-        found = host.find()
+        found = host.find_comfyui()
         emoji_folder()
     except host.HostError as error:
         print(f"test: {error}", file=sys.stderr)

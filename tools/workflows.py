@@ -303,7 +303,7 @@ def thumbnail(url: str, prompt: dict[str, Any], path: Path, caption: str = "") -
 
 
 def main() -> int:
-    found = host.find()
+    found = host.find_comfyui()
     if not host.started_again():
         return host.start_again(found.python, __file__)
     from tools import browser

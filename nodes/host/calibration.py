@@ -10,14 +10,14 @@ import torch
 
 from ...sd35_core.encoders.hints import rgb
 from ...sd35_core.errors import SettingError
-from ...sd35_core.network.latent import CHANNELS, PIXELS
+from ...sd35_core.network.latent import LATENT_CHANNELS, PIXELS
 from ...sd35_core.quantization.calibration import (
     Moments,
     moments_of,
     moments_of_controlnet,
     recorded,
 )
-from ...sd35_core.sampling.schedules import sigmas
+from ...sd35_core.sampling.schedules import make_sigmas
 from .controlnet import SD35ControlNet, steered
 from .network import HostMMDiTX, network_in
 from .sampling import sample
@@ -40,13 +40,13 @@ def calibration(
         )
     control = attach[0].control_model if attach else None
     negative = encoded(clip, "")
-    latent = {"samples": torch.zeros(1, CHANNELS, side // PIXELS, side // PIXELS)}
-    levels = sigmas(steps, model.get_model_object("model_sampling").shift, "simple")
+    latent = {"samples": torch.zeros(1, LATENT_CHANNELS, side // PIXELS, side // PIXELS)}
+    sigmas = make_sigmas(steps, model.get_model_object("model_sampling").shift, "simple")
     with recorded(network if control is None else control) as calls:
         for seed, prompt in enumerate(prompts):
             pair = encoded(clip, prompt), negative
             positive, negated = attach[1](*pair) if attach else pair
-            sample(model, positive, negated, latent, seed, CFG, "euler", levels)
+            sample(model, positive, negated, latent, seed, CFG, "euler", sigmas)
     chosen, device = calls.chosen(), model.load_device
     if control is None:
         comfy.model_management.load_models_gpu([model])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...sd35_core.checkpoint.controlnet import controlnet, controlnet_config
 from ...sd35_core.checkpoint.loading import weights_for
+from ...sd35_core.checkpoint.tensor_file import Tensors
 from ...sd35_core.encoders.hints import NEAR, Near, rgb, vae_input
 from ...sd35_core.errors import SettingError
 from ...sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
@@ -28,7 +29,7 @@ from ...sd35_core.network.layers import grid_positions
 from ...sd35_core.network.mmditx import padded_latent
 from ...sd35_core.packing.formats import is_packed
 from . import packed, processor
-from .loading import ModelFile, by_the_host
+from .loading import by_the_host
 from .network import HostMMDiTX, network_in
 
 StockMMDiT = comfy.ldm.modules.diffusionmodules.mmdit.MMDiT
@@ -296,13 +297,13 @@ def from_loader(control_net: Any) -> SD35ControlNet:
     return control_net
 
 
-def controlnet_from(file: ModelFile, options: Options) -> SD35ControlNet:
+def controlnet_from(file: Tensors, options: Options) -> SD35ControlNet:
     """The CONTROL_NET in a file, its dtype and devices chosen by the host.
 
     Raises CheckpointError when there is none for SD3.5.
     """
     name = f"'{file.path.name}'"
-    tensors = controlnet(file.tensors, name)
+    tensors = controlnet(file, name)
     config = controlnet_config(tensors, name)
     management = comfy.model_management
     device, offload_device = management.get_torch_device(), management.unet_offload_device()

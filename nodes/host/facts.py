@@ -51,7 +51,7 @@ def running_prompt() -> dict[str, Any]:
     return running[0][2] if running else {}
 
 
-def find(folder: str, name: str) -> Path | None:
+def find_file(folder: str, name: str) -> Path | None:
     """The file that a widget names, in the host's folders or the pack's."""
     try:
         if folder in files.MODEL_FOLDERS:
@@ -63,7 +63,7 @@ def find(folder: str, name: str) -> Path | None:
         return None
 
 
-def static(prompt: dict[str, Any], node_id: str | None) -> list[Setup]:
+def setups_after(prompt: dict[str, Any], node_id: str | None) -> list[Setup]:
     """Set-ups of the samplers that a node leads to, as the workflow says; none where reading it
     takes more than SECONDS: the objects themselves are judged all the same."""
     if not prompt:
@@ -72,13 +72,15 @@ def static(prompt: dict[str, Any], node_id: str | None) -> list[Setup]:
     try:
         graph = api_graph(prompt, budget)
         concerned = leading_to(graph, node_id)
-        return [setup for key, setup in setups(graph, find, budget).items() if key in concerned]
+        return [
+            setup for key, setup in setups(graph, find_file, budget).items() if key in concerned
+        ]
     except TooLargeError as error:
         log.warning(str(error))
         return []
 
 
-def said(
+def findings_at(
     prompt: dict[str, Any],
     node_id: str | None,
     model: Any,
@@ -89,7 +91,7 @@ def said(
 ) -> list[Finding]:
     """Everything there is to say about the samplers that a node leads to and what it got."""
     found: dict[Finding, None] = {}
-    for setup in static(prompt, node_id) or [Setup()]:
+    for setup in setups_after(prompt, node_id) or [Setup()]:
         seen = observed(setup, model, positive, negative, latent, vae)
         found.update(dict.fromkeys(findings(seen)))
     return list(found)

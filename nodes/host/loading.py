@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.memory_management
 import comfy.model_management
@@ -16,13 +16,13 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...sd35_core.checkpoint.gguf_file import EXTENSION, GGUFFile
 from ...sd35_core.checkpoint.layouts import diffusion_model, under
-from ...sd35_core.checkpoint.loading import checked_config, shapes_of, with_axes
-from ...sd35_core.checkpoint.tensor_file import StateDict, TensorFile, pieces_of
+from ...sd35_core.checkpoint.loading import checked_config, open_tensors, shapes_of, with_axes
+from ...sd35_core.checkpoint.tensor_file import StateDict, TensorFile, Tensors, pieces_of
 from ...sd35_core.errors import CheckpointError, SD35Error, SettingError, is_out_of_memory
 from ...sd35_core.limits import check_filled
 from ...sd35_core.network.config import AXES, VARIANTS
+from ...sd35_core.network.latent import LATENT_CHANNELS
 from . import packed, resting
 from .network import SD35ModelConfig
 
@@ -38,28 +38,37 @@ LARGEST_CHECKED = 1 << 20
 """Values of a weight that are looked through for NaN before the host's reader needs it."""
 
 
-class ModelFile(NamedTuple):
-    """What a safetensors file holds."""
-
-    path: Path
-    tensors: Mapping[str, Tensor]
-    metadata: dict[str, Any]
-
-
-class InterruptibleFile(TensorFile):
+class Interruptible(Tensors):
     """A file whose reading ends when the person cancels; a large one takes a minute."""
 
-    def __getitem__(self, key: str) -> Tensor:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        return super().__getitem__(key)
-
-
-class InterruptibleGGUF(GGUFFile):
-    """The same of a GGUF file, whose tensors are also decoded."""
+    def __init__(self, file: Tensors):
+        self.path, self.metadata, self.file = file.path, file.metadata, file
 
     def __getitem__(self, key: str) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        return super().__getitem__(key)
+        return self.file[key]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.file.shape(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file)
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+
+class OnDemand(Interruptible):
+    """A file whose tensors the host's own reader reads as they are used; nothing writes there."""
+
+    def __init__(self, file: Tensors):
+        super().__init__(file)
+        self.tensors: StateDict = {}
+        for piece in pieces_of(file.path):
+            self.tensors |= comfy.utils.load_torch_file(str(piece), safe_load=True)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.tensors[key]
 
 
 @contextmanager
@@ -82,22 +91,15 @@ def by_the_host(names: str) -> Iterator[None]:
         ) from error
 
 
-def read(path: Path, dynamic: bool = True) -> ModelFile:
+def read(path: Path, dynamic: bool = True) -> Tensors:
     """A file, its tensors read when they are used. Raises CheckpointError for a damaged one.
 
     With the host's dynamic weights its own reader keeps the file open and reads on demand; nothing
     may write into such tensors, so what is not `dynamic` has its own.
     """
-    if path.suffix.lower() == EXTENSION:
-        gguf = InterruptibleGGUF(path)
-        return ModelFile(path, gguf, gguf.metadata)
-    file = InterruptibleFile(path)
-    if not (dynamic and comfy.memory_management.aimdo_enabled):
-        return ModelFile(path, file, file.metadata)
-    tensors: StateDict = {}
-    for piece in pieces_of(path):
-        tensors |= comfy.utils.load_torch_file(str(piece), safe_load=True)
-    return ModelFile(path, tensors, file.metadata)
+    file = open_tensors(path)
+    on_demand = dynamic and comfy.memory_management.aimdo_enabled and isinstance(file, TensorFile)
+    return OnDemand(file) if on_demand else Interruptible(file)
 
 
 def load_model(
@@ -109,18 +111,17 @@ def load_model(
 
 
 def model_from(
-    file: ModelFile,
+    file: Tensors,
     weight_dtype: str,
     modulation_cache: str = "auto",
     disable_dynamic: bool = False,
 ) -> Any:
     """The MODEL in a file, its dtype and devices chosen by the host. Raises CheckpointError."""
     name = f"'{file.path.name}'"
-    found = diffusion_model(file.tensors, name)
+    found = diffusion_model(file, name)
     with by_the_host(name):
         found, _ = comfy.utils.convert_old_quants(found, "", metadata=dict(file.metadata))
-    by_the_hosts_reader = isinstance(file.tensors, dict)
-    shape = checked_config(found, name, LARGEST_CHECKED if by_the_hosts_reader else None)
+    shape = checked_config(found, name, LARGEST_CHECKED if isinstance(file, OnDemand) else None)
     found = with_axes(found)
     config = SD35ModelConfig(replace(shape, axes=AXES in found))
     config.quant_config = comfy.utils.detect_layer_quantization(found, "")
@@ -173,17 +174,17 @@ def _weight_dtype(tensors: StateDict, supported: list[torch.dtype], quantized: b
     return stored if widened and 4 * count > free / 3 else dtype
 
 
-def vae_from(file: ModelFile) -> Any:
+def vae_from(file: Tensors) -> Any:
     """The VAE in a file. Raises CheckpointError when it isn't one for SD3.5."""
-    found = under(file.tensors, "first_stage_model.") or dict(file.tensors)
+    found = under(file, "first_stage_model.") or dict(file)
     check_filled(shapes_of(found), f"'{file.path.name}'")
     with by_the_host(f"'{file.path.name}'"):
         vae = comfy.sd.VAE(sd=found, metadata=file.metadata)
-    if vae.first_stage_model is None or vae.latent_channels != 16:
+    if vae.first_stage_model is None or vae.latent_channels != LATENT_CHANNELS:
         seen = "none" if vae.first_stage_model is None else f"{vae.latent_channels} channels"
         raise CheckpointError(
-            f"'{file.path.name}' has no VAE for SD3.5 (seen: {seen}; expected: 16 latent "
-            "channels). Choose the SD3.5 VAE in the vae widget, or 'none' if the latent is "
+            f"'{file.path.name}' has no VAE for SD3.5 (seen: {seen}; expected: {LATENT_CHANNELS} "
+            "latent channels). Choose the SD3.5 VAE in the vae widget, or 'none' if the latent is "
             "decoded elsewhere."
         )
     return vae
@@ -194,7 +195,7 @@ def no_vae() -> Any:
     return comfy.sd.VAE(sd={})
 
 
-def summary(file: ModelFile, model: Any, encoders: list[str]) -> str:
+def summary(file: Tensors, model: Any, encoders: list[str]) -> str:
     """What was loaded, for the person: variant, size, dtype, text encoders."""
     network = model.model.diffusion_model
     name = network.config.variant

@@ -12,7 +12,8 @@ from server import PromptServer
 
 import nodes
 
-from ...sd35_core.workflow.known_nodes import ALIAS, LOADER, as_ours, is_theirs
+from ...sd35_core.workflow.known_nodes import as_ours, is_theirs
+from ...sd35_core.workflow.own_nodes import ALIAS, LOADER
 from .report import log
 
 

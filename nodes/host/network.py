@@ -254,7 +254,7 @@ class SD35Model(comfy.model_base.SD3):
             named["y"] = y = y.to(x.device, self.get_dtype_inference())
             steps = options.get("sample_sigmas", t)[:-1]
             times, ahead = (self.model_sampling.timestep(s).float() for s in (t, steps))
-            known = cache.of(network, times, y, ahead)
+            known = cache.look_up(network, times, y, ahead)
             options = {**options, MODULATIONS: known}
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **named)
 

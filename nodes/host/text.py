@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...sd35_core.checkpoint.layouts import under
 from ...sd35_core.checkpoint.loading import shapes_of
-from ...sd35_core.checkpoint.tensor_file import StateDict
+from ...sd35_core.checkpoint.tensor_file import StateDict, Tensors
 from ...sd35_core.encoders.text_encoder import (
     SAVED,
     check_encoder,
@@ -25,27 +25,27 @@ from ...sd35_core.encoders.text_encoder import (
 )
 from ...sd35_core.errors import CheckpointError, SettingError
 from ...sd35_core.limits import check_filled
-from .loading import ModelFile, by_the_host, read
+from ...sd35_core.network.config import CONTEXT_WIDTH
+from .loading import by_the_host, read
 
 CLIP_MARK = "text_model.final_layer_norm.weight"
 MARKS = {
     "clip_l": (CLIP_MARK, 768),
     "clip_g": (CLIP_MARK, 1280),
-    "t5xxl": ("encoder.final_layer_norm.weight", 4096),
+    "t5xxl": ("encoder.final_layer_norm.weight", CONTEXT_WIDTH),
 }
 """Encoder -> a tensor that it has, and the width of the published one."""
 TINY = 512
 """Below this width an encoder belongs to a small model trained for itself."""
-CONTEXT_WIDTH = 4096
 
 
-def encoders_in(file: ModelFile) -> dict[str, StateDict]:
+def encoders_in(file: Tensors) -> dict[str, StateDict]:
     """The text encoders of a single-file checkpoint, each under its own keys."""
     prefixes = {name: f"text_encoders.{name}.transformer." for name in MARKS}
     return {
-        name: under(file.tensors, prefix)
+        name: under(file, prefix)
         for name, prefix in prefixes.items()
-        if prefix + MARKS[name][0] in file.tensors
+        if prefix + MARKS[name][0] in file
     }
 
 
@@ -53,7 +53,7 @@ def read_encoder(name: str, path: Path, dynamic: bool = True) -> StateDict:
     """One text encoder's file. Raises CheckpointError when it holds another model."""
     file = read(path, dynamic)
     with by_the_host(f"'{path.name}'"):
-        tensors, _ = comfy.utils.convert_old_quants(dict(file.tensors), "", metadata=file.metadata)
+        tensors, _ = comfy.utils.convert_old_quants(dict(file), "", metadata=file.metadata)
     if "transformer.resblocks.0.ln_1.weight" in tensors:
         return tensors
     mark, width = MARKS[name]
@@ -73,7 +73,7 @@ def load_clip(model_path: str, paths: dict[str, str | None], disable_dynamic: bo
     return clip_from(file, paths, disable_dynamic).patcher
 
 
-def clip_from(file: ModelFile, paths: dict[str, str | None], disable_dynamic: bool = False) -> Any:
+def clip_from(file: Tensors, paths: dict[str, str | None], disable_dynamic: bool = False) -> Any:
     """The CLIP of the encoders in `paths`: a file each, or None for the one in the model's file.
 
     Raises SettingError when there is no encoder at all.
@@ -102,7 +102,7 @@ def clip_from(file: ModelFile, paths: dict[str, str | None], disable_dynamic: bo
     return clip
 
 
-def _published(encoders: dict[str, StateDict], file: ModelFile, disable_dynamic: bool) -> Any:
+def _published(encoders: dict[str, StateDict], file: Tensors, disable_dynamic: bool) -> Any:
     return comfy.sd.load_text_encoder_state_dicts(
         list(encoders.values()),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
@@ -149,8 +149,8 @@ class TinySD3Clip(SD3ClipModel):
         return self.load_state_dict(sd, strict=False)
 
 
-def _tiny(encoders: dict[str, StateDict], file: ModelFile, disable_dynamic: bool) -> Any:
-    saved = file.tensors.get(SAVED)
+def _tiny(encoders: dict[str, StateDict], file: Tensors, disable_dynamic: bool) -> Any:
+    saved = file.get(SAVED)
     configs = encoder_configs(file.metadata, file.path.name, saved)
     for name, config in configs.items():
         if name in encoders:

@@ -15,11 +15,10 @@ from ..limits import CHANNELS, CONTROLNET_LAYERS, HIDDEN, PATCH, POOLED, bounded
 from ..network.config import HEAD_WIDTH
 from ..network.controlnet import CONTROL_TYPES, ControlNetConfig, ControlNetEmbedder
 from ..network.layers import Operations
-from .layouts import JOINED_IN_BLOCK, RENAMED, RENAMED_IN_BLOCK, joined_parts
+from .layouts import in_place
 from .loading import check_tensors, operations_for, shapes_of, with_weights
 from .tensor_file import StateDict, TensorFile
 
-_JOINED = JOINED_IN_BLOCK["x_block.attn.qkv"]
 _OTHERS = {
     "transformer_blocks.0.attn.add_q_proj.weight": "a ControlNet for SD3 that is not Stability's "
     "(its blocks read the prompt)",
@@ -45,23 +44,15 @@ def controlnet(state_dict: Mapping[str, Tensor], source: str = "this file") -> S
     ):
         first = ", ".join(sorted(state_dict)[:3]) or "no tensors"
         raise CheckpointError(f"{source} is not an SD3.5 ControlNet: it holds {first}. {_WANTED}")
-    found: StateDict = {}
-    split: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state_dict.items():
-        block = re.fullmatch(r"(transformer_blocks\.[0-9]+)\.(.+)\.(weight|bias)", key)
-        if block is None:
-            name, _, suffix = key.rpartition(".")
-            found[f"{RENAMED[name]}.{suffix}" if name in RENAMED else key] = tensor
-        elif block[2] in _JOINED:
-            split.setdefault(f"{block[1]}.attn.qkv.{block[3]}", {})[block[2]] = tensor
-        else:
-            name = RENAMED_IN_BLOCK.get(block[2], block[2]).removeprefix("x_block.")
-            found[f"{block[1]}.{name}.{block[3]}"] = tensor
-    for key, parts in split.items():
-        if len(parts) == len(_JOINED):
-            found[key] = joined_parts([parts[name] for name in _JOINED], key, source)
+    renamed, others = in_place(state_dict, source, _own_key)
+    found = renamed | others
     _complete(found)
     return found
+
+
+def _own_key(key: str) -> str:
+    """Of a diffusion model's key: a ControlNet's blocks have one side alone, that of the image."""
+    return re.sub(r"^joint_blocks\.(\d+)\.x_block\.", r"transformer_blocks.\1.", key)
 
 
 def _complete(tensors: StateDict) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, is_out_of_memory
 from ..limits import GGUF_VALUES, bounded
-from .tensor_file import unreadable
+from .tensor_file import Tensors, unreadable
 
 ARCHITECTURE = "sd3"
 EXTENSION = ".gguf"
@@ -20,7 +20,7 @@ SHAPE = "comfy.gguf.orig_shape."
 """Before a tensor's name: its shape, where GGUF could not keep it."""
 
 
-class GGUFFile(Mapping[str, Tensor]):
+class GGUFFile(Tensors):
     """The tensors of a GGUF file, each decoded when it is asked for, to fp16 (F32 stays).
 
     Raises CheckpointError when the file is damaged, of another model, or the package is missing.
@@ -65,17 +65,13 @@ class GGUFFile(Mapping[str, Tensor]):
             raise
         except Exception as error:  # the reader raises whatever a damaged number leads it to
             raise unreadable(self.path, error, "GGUF") from error
+        self.metadata = {name: v for name, v in self.fields.items() if isinstance(v, str)}
         architecture = self.fields.get("general.architecture", ARCHITECTURE)
         if architecture != ARCHITECTURE:
             raise CheckpointError(
                 f"'{self.path.name}' holds a model of the architecture '{architecture}', expected "
                 f"'{ARCHITECTURE}'. Choose a Stable Diffusion 3.5 file."
             )
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What is said of the file in words."""
-        return {name: value for name, value in self.fields.items() if isinstance(value, str)}
 
     def __getitem__(self, key: str) -> Tensor:
         tensor = self.tensors[key]

@@ -7,14 +7,15 @@ single file that also holds text encoders and VAE) and diffusers'.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, is_out_of_memory
 from ..limits import BLOCKS, counted
-from .tensor_file import StateDict, TensorFile
+from .tensor_file import StateDict, Tensors
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 MARK = "joint_blocks.0.x_block.attn.qkv.weight"
@@ -57,10 +58,42 @@ JOINED_IN_BLOCK = {
 }
 
 
-class Part(Mapping[str, Tensor]):
+class Place(NamedTuple):
+    """Where a tensor of diffusers' is in Stability's layout: the key, and which of the `parts` that
+    are joined there it is."""
+
+    key: str
+    part: int = 0
+    parts: int = 1
+
+
+_PARTS = {
+    theirs: Place(ours, part, len(parts))
+    for ours, parts in JOINED_IN_BLOCK.items()
+    for part, theirs in enumerate(parts)
+}
+_IN_BLOCK = {**{theirs: Place(ours) for theirs, ours in RENAMED_IN_BLOCK.items()}, **_PARTS}
+_BLOCK = re.compile(r"transformer_blocks\.([0-9]+)\.(.+)\.([^.]+)")
+
+
+def from_diffusers_key(key: str) -> Place | None:
+    """The place of a tensor of diffusers' SD3Transformer2DModel, or of its ControlNet; None for a
+    key that neither has."""
+    block = _BLOCK.fullmatch(key)
+    if block is not None:
+        inner = _IN_BLOCK.get(block[2])
+        return inner and inner._replace(key=f"joint_blocks.{block[1]}.{inner.key}.{block[3]}")
+    if key in RENAMED:
+        return Place(RENAMED[key])
+    name, _, suffix = key.rpartition(".")
+    return Place(f"{RENAMED[name]}.{suffix}") if name in RENAMED else None
+
+
+class Part(Tensors):
     """The tensors of a file whose keys begin with a prefix, without it, still unread."""
 
-    def __init__(self, file: TensorFile, prefix: str):
+    def __init__(self, file: Tensors, prefix: str):
+        self.path, self.metadata = file.path, file.metadata
         self.file, self.prefix = file, prefix
         self.keys_within = keys_under(file, prefix)
 
@@ -68,7 +101,6 @@ class Part(Mapping[str, Tensor]):
         return self.file[self.prefix + key]
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Without reading the tensor."""
         return self.file.shape(self.prefix + key)
 
     def __iter__(self) -> Iterator[str]:
@@ -134,22 +166,13 @@ def from_diffusers(state_dict: Mapping[str, Tensor], source: str = "this file") 
     diffusers keeps (scale, shift) where Stability has (shift, scale) in the final layer and in
     the last text block; they change places. Raises CheckpointError for keys it does not know.
     """
-    found: StateDict = {}
-    blocks: dict[int, dict[str, Tensor]] = {}
     last = counted(state_dict, "transformer_blocks", BLOCKS, source) - 1
-    for key, tensor in state_dict.items():
-        if key.startswith("transformer_blocks."):
-            block = re.fullmatch(r"transformer_blocks\.([0-9]+)\.(.+\..+)", key)
-            if block is None:
-                raise _unknown_key(source, key)
-            blocks.setdefault(int(block[1]), {})[block[2]] = tensor
-            continue
-        name, suffix = (key, "") if key in RENAMED else key.rpartition(".")[::2]
-        if name not in RENAMED:
-            raise _unknown_key(source, key)
-        found[RENAMED[name] + (f".{suffix}" if suffix else "")] = tensor
-    for index, tensors in blocks.items():
-        found |= _block_from_diffusers(tensors, f"joint_blocks.{index}", source)
+    found, others = in_place(state_dict, source)
+    if others:
+        raise CheckpointError(
+            f"{source} has a tensor '{next(iter(others))}', which diffusers' SD3 transformer does "
+            "not have. The file is damaged or of another model; download the original."
+        )
     swapped = f"joint_blocks.{last}.context_block.adaLN_modulation.1"
     for name in ("final_layer.adaLN_modulation.1", swapped):
         for key in (f"{name}.weight", f"{name}.bias"):
@@ -159,19 +182,29 @@ def from_diffusers(state_dict: Mapping[str, Tensor], source: str = "this file") 
     return found
 
 
-def _block_from_diffusers(tensors: dict[str, Tensor], block: str, source: str) -> StateDict:
-    found: StateDict = {}
-    for name, parts in JOINED_IN_BLOCK.items():
-        for suffix in ("weight", "bias"):
-            keys, key = [f"{part}.{suffix}" for part in parts], f"{block}.{name}.{suffix}"
-            if all(key in tensors for key in keys):
-                found[key] = joined_parts([tensors.pop(part) for part in keys], key, source)
-    for key, tensor in tensors.items():
-        name, suffix = key.rsplit(".", 1)
-        if name not in RENAMED_IN_BLOCK:
-            raise _unknown_key(source, f"transformer_blocks.*.{key}")
-        found[f"{block}.{RENAMED_IN_BLOCK[name]}.{suffix}"] = tensor
-    return found
+def in_place(
+    state_dict: Mapping[str, Tensor], source: str, renamed: Callable[[str], str] = str
+) -> tuple[StateDict, StateDict]:
+    """diffusers' tensors under Stability's keys, and those that are none of diffusers'.
+
+    Of tensors that are joined and not all there, none is among either. renamed: a diffusion model's
+    key -> the one that is wanted.
+    """
+    found, others = {}, {}
+    split: dict[str, dict[int, Tensor]] = {}
+    for key, tensor in state_dict.items():
+        place = from_diffusers_key(key)
+        if place is None:
+            others[key] = tensor
+            continue
+        wanted = renamed(place.key)
+        parts = split.setdefault(wanted, {})
+        parts[place.part] = tensor
+        if len(parts) == place.parts:
+            del split[wanted]
+            whole = [parts[i] for i in range(place.parts)]
+            found[wanted] = joined_parts(whole, wanted, source) if place.parts > 1 else tensor
+    return found, others
 
 
 def joined_parts(parts: Sequence[Tensor], key: str, source: str) -> Tensor:
@@ -187,13 +220,6 @@ def joined_parts(parts: Sequence[Tensor], key: str, source: str) -> Tensor:
             f"{source}: '{key}' can't be put together from parts of shape {seen}. The file is "
             "damaged or mixes two models; download the original."
         ) from error
-
-
-def _unknown_key(source: str, key: str) -> CheckpointError:
-    return CheckpointError(
-        f"{source} has a tensor '{key}', which diffusers' SD3 transformer does not have. "
-        "The file is damaged or of another model; download the original."
-    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

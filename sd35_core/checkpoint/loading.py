@@ -15,8 +15,9 @@ from ..network.layers import Operations, joined_axes, split_axes
 from ..network.mmditx import MMDiTX
 from ..packing.formats import is_packed, packed_layers
 from ..packing.layers import PackedOperations
-from .layouts import Part, diffusion_model, dtype_name
-from .tensor_file import StateDict, TensorFile
+from .gguf_file import EXTENSION, GGUFFile
+from .layouts import diffusion_model, dtype_name
+from .tensor_file import StateDict, TensorFile, Tensors
 
 Module = TypeVar("Module", bound=nn.Module)
 QUANTIZATION_SUFFIXES = (
@@ -24,9 +25,14 @@ QUANTIZATION_SUFFIXES = (
 )  # fmt: skip
 
 
+def open_tensors(path: Path) -> Tensors:
+    """The tensors of a safetensors or GGUF file. Raises CheckpointError."""
+    return GGUFFile(path) if path.suffix.lower() == EXTENSION else TensorFile(path)
+
+
 def shapes_of(state_dict: Mapping[str, Tensor]) -> Shapes:
     """Of a file without reading its tensors."""
-    if isinstance(state_dict, (TensorFile, Part)):
+    if isinstance(state_dict, Tensors):
         return {key: state_dict.shape(key) for key in state_dict}
     return {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
 

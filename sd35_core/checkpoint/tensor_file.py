@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -45,8 +46,22 @@ class Piece(NamedTuple):
     start: int
 
 
-class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for.
+class Tensors(Mapping[str, Tensor]):
+    """A model's tensors by name, each read when it is asked for.
+
+    path: the file's; metadata: what it says of itself in words.
+    """
+
+    path: Path
+    metadata: dict[str, str]
+
+    @abstractmethod
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Without reading the tensor."""
+
+
+class TensorFile(Tensors):
+    """The tensors of a safetensors file.
 
     Of a model that was saved in several files, `name-00001-of-00003.safetensors`, any one stands
     for all. A tensor gets memory of its own, so the file can be replaced or deleted afterwards.
@@ -56,7 +71,7 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.metadata: dict[str, str] = {}
+        self.metadata = {}
         self.entries: dict[str, tuple[Piece, dict[str, Any]]] = {}
         for path in pieces_of(self.path):
             self._add(path)
@@ -107,7 +122,6 @@ class TensorFile(Mapping[str, Tensor]):
         return values.view(entry["shape"])
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Without reading the tensor."""
         return tuple(self.entries[key][1]["shape"])
 
     def __iter__(self) -> Iterator[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..network.latent import LATENT_CHANNELS
+
 WIDTH = 64
 
 
@@ -50,7 +52,7 @@ def _up(blocks: int) -> list[nn.Module]:
 class TinyAutoencoder(nn.Module):
     """Pictures (B, 3, H, W) in 0..1 <-> latents (B, 16, H/8, W/8) on the VAE's side."""
 
-    def __init__(self, channels: int = 16) -> None:
+    def __init__(self, channels: int = LATENT_CHANNELS) -> None:
         super().__init__()
         self.taesd_encoder = nn.Sequential(
             _conv(3, WIDTH), Block(), *_down(), *_down(), *_down(), _conv(WIDTH, channels)

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 
 from ..errors import CheckpointError
 from ..limits import BLOCKS, CHANNELS, CONTEXT, HIDDEN, PATCH, POOLED, POSITIONS, bounded, counted
+from .latent import LATENT_CHANNELS
 
 HEAD_WIDTH = 64
 TIMESTEP_WIDTH = 256
+CONTEXT_WIDTH = 4096
+"""Of the published models, which is T5-XXL's."""
 AXES = "pos_embed_axes"
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -30,7 +33,7 @@ class MMDiTXConfig:
     pos_embed_max_size: int
     qk_norm: bool
     dual_blocks: tuple[int, ...] = ()
-    in_channels: int = 16
+    in_channels: int = LATENT_CHANNELS
     patch_size: int = 2
     axes: bool = field(default=False, compare=False)
 
@@ -50,7 +53,7 @@ class MMDiTXConfig:
 
 def _published(depth: int, positions: int, qk_norm: bool, dual: int = 0) -> MMDiTXConfig:
     return MMDiTXConfig(
-        depth, HEAD_WIDTH * depth, 4096, 2048, positions, qk_norm, dual_blocks=tuple(range(dual))
+        depth, HEAD_WIDTH * depth, CONTEXT_WIDTH, 2048, positions, qk_norm, tuple(range(dual))
     )
 
 

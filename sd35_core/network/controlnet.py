@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .config import TIMESTEP_WIDTH
+from .latent import LATENT_CHANNELS
 from .layers import (
     Attend,
     Embedder,
@@ -38,7 +39,7 @@ class ControlNetConfig:
     hidden: int
     pooled_dim: int
     control_type: str | None = None
-    in_channels: int = 16
+    in_channels: int = LATENT_CHANNELS
     patch_size: int = 2
 
     def spread(self, depth: int) -> list[int]:

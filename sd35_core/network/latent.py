@@ -6,7 +6,7 @@ from torch import Tensor
 
 SCALE = 1.5305
 SHIFT = 0.0609
-CHANNELS = 16
+LATENT_CHANNELS = 16
 PIXELS = 8
 """Pixels per latent cell, each way."""
 

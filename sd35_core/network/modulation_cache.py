@@ -36,7 +36,7 @@ class ModulationCache:
         self.kept: Modulations | None = None
 
     @torch.no_grad()
-    def of(
+    def look_up(
         self, network: MMDiTX, timestep: Tensor, y: Tensor, ahead: Tensor | None = None
     ) -> Modulations:
         """For timestep: (B,) in 0..1000 and y: (B, pooled_dim); `ahead`: the run's timesteps."""

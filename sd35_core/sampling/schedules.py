@@ -6,7 +6,7 @@ A sigma is the share of noise in x: 1 is pure noise, 0 the picture.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch import Tensor
 from ..errors import SettingError
 
 STEPS_OF_TRAINING = 1000
+DEFAULT_SHIFT = 3.0
+"""What SD3.5 was made for."""
 MOST_STEPS = 1_000_000
 """Of a whole schedule, of which denoise may leave out a part."""
 LEAST_SHIFT, MOST_SHIFT = 1e-3, 1e3
@@ -76,9 +78,10 @@ SCHEDULES: dict[str, Callable[[int, float], Tensor]] = {
     "beta": _beta,
     "linear_quadratic": _linear_quadratic,
 }
+"""Name -> (steps, shift) -> the noise level at which each step begins: (steps,)."""
 
 
-def sigmas(steps: int, shift: float, schedule: str = "normal", denoise: float = 1.0) -> Tensor:
+def make_sigmas(steps: int, shift: float, schedule: str = "normal", denoise: float = 1.0) -> Tensor:
     """The noise levels of a run, falling, with 0 at the end: (steps + 1,), fp32.
 
     With `denoise` below 1 the last `steps` steps of a schedule of steps / denoise are taken, as
@@ -92,7 +95,7 @@ def sigmas(steps: int, shift: float, schedule: str = "normal", denoise: float = 
     if not LEAST_SHIFT <= shift <= MOST_SHIFT:
         raise SettingError(
             f"shift is {shift}; it must be above 0, from {LEAST_SHIFT:g} to {MOST_SHIFT:g} (SD3.5 "
-            "was made for 3.0)."
+            f"was made for {DEFAULT_SHIFT})."
         )
     if not 0 < denoise <= 1:
         raise SettingError(f"denoise is {denoise}; it must be above 0 and at most 1.")
@@ -103,23 +106,22 @@ def sigmas(steps: int, shift: float, schedule: str = "normal", denoise: float = 
             "fewer steps."
         )
     total = steps if denoise > 0.9999 else int(steps / denoise)
-    levels = SCHEDULES[schedule](total, shift)
-    return torch.cat([levels, levels.new_zeros(1)])[-(steps + 1) :]
+    return torch.cat([SCHEDULES[schedule](total, shift), torch.zeros(1)])[-(steps + 1) :]
 
 
 def acting_steps(
-    levels: list[float], start: float, end: float, shift: float, closed: bool = False
+    sigmas: Sequence[float], start: float, end: float, shift: float, closed: bool = False
 ) -> list[int]:
     """The steps, from 0, that lie between two shares of the way from noise to picture.
 
-    `levels`: the noise level of each. As the host and ControlNets have it, a share is a time,
-    shifted; the end belongs to the window only if it is `closed`.
+    sigmas: (steps + 1,). As the host and ControlNets have it, a share is a time, shifted; the end
+    belongs to the window only if it is `closed`.
     """
     first, last = (_level_at(share, shift) for share in (start, end))
     return [
         step
-        for step, level in enumerate(levels)
-        if last < level <= first or (closed and level == last)
+        for step, sigma in enumerate(sigmas[:-1])
+        if last < sigma <= first or (closed and sigma == last)
     ]
 
 

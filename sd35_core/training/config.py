@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoint.tensor_file import metadata_of
 from ..errors import SettingError
-from ..network.config import MMDiTXConfig
+from ..network.config import CONTEXT_WIDTH, MMDiTXConfig
 from ..network.controlnet import CONTROL_TYPES
 from .dataset import Size
 
@@ -42,7 +42,7 @@ class TrainingConfig:
     depth: int = 4
     dual_blocks: int = 2
     pos_embed_max_size: int = 32
-    context_dim: int = 4096
+    context_dim: int = CONTEXT_WIDTH
     clip_l: tuple[int, int, int] = (48, 3, 3)
     clip_g: tuple[int, int, int] = (64, 4, 3)
     """Width, heads and layers of the text encoders that are trained along."""

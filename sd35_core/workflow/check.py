@@ -9,7 +9,7 @@ from typing import Any
 
 from .finding import Finding, Rule
 from .graph import Budget
-from .reader import Find, setups
+from .reader import FindFile, setups
 from .rules.controls import about_controls
 from .rules.inputs import about_encoders, about_latent, about_prompts
 from .rules.model import about_loras, about_model, about_other_nodes, about_vae
@@ -21,11 +21,11 @@ SECONDS, LARGEST_FILE = 60.0, 2**26
 """What the command line takes, and bytes that it reads."""
 
 
-def files_under(folder: Path | None) -> Find:
+def files_under(folder: Path | None) -> FindFile:
     """Files by name in a `models` folder, and those that come with the pack."""
     own = Path(__file__).resolve().parents[2] / "models"
 
-    def find(kind: str, name: str) -> Path | None:
+    def find_file(kind: str, name: str) -> Path | None:
         plain = name.replace("\\", "/").removeprefix(f"{kind}/")
         if folder is not None:
             with suppress(OSError, ValueError):  # a name that the system can't have
@@ -35,11 +35,11 @@ def files_under(folder: Path | None) -> Find:
                     return path
         return next((path for path in own.rglob("*.safetensors") if path.name == plain), None)
 
-    return find
+    return find_file
 
 
 def check(
-    workflow: dict[str, Any], find: Find, seconds: float = math.inf
+    workflow: dict[str, Any], find_file: FindFile, seconds: float = math.inf
 ) -> dict[str, list[Finding]]:
     """Sampler's node id -> what there is to say. Raises SettingError for no workflow, and for one
     that takes more than so many seconds.
@@ -48,7 +48,7 @@ def check(
     """
     budget = Budget(seconds)
     graph = api_graph(workflow, budget)
-    found = setups(graph, find, budget)
+    found = setups(graph, find_file, budget)
     ours = any(setup.model is not None and setup.model.kind == SD3 for setup in found.values())
     return {key: _checked(setup, ours) for key, setup in found.items()}
 

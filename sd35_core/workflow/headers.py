@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, wraps
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..checkpoint.gguf_file import EXTENSION, GGUFFile
 from ..checkpoint.layouts import (
     CONTROLNET_MARKS,
     DIFFUSERS_MARK,
+    JOINED_IN_BLOCK,
     MARK,
     PREFIXES,
     RENAMED,
+    RENAMED_IN_BLOCK,
+    from_diffusers_key,
     is_controlnet,
     keys_under,
 )
-from ..checkpoint.loading import QUANTIZATION_SUFFIXES
-from ..checkpoint.tensor_file import TensorFile
+from ..checkpoint.loading import QUANTIZATION_SUFFIXES, open_tensors
+from ..checkpoint.tensor_file import TensorFile, Tensors
 from ..errors import CheckpointError
 from ..limits import DIGITS
 from ..network.config import VARIANTS, MMDiTXConfig, Shapes, config_from_shapes
@@ -59,21 +62,21 @@ def _kept(read: Callable[..., Facts]) -> Callable[..., Facts]:
         return read(path, *others)
 
     @wraps(read)
-    def of(path: Path, *others: Any) -> Facts:
+    def kept(path: Path, *others: Any) -> Facts:
         try:
             stat = path.stat()
         except OSError:  # gone by now, which `read` knows how to say
             return read(path, *others)
         return of_this_version(path, stat.st_size, stat.st_mtime_ns, *others)
 
-    return of
+    return kept
 
 
 @_kept
 def model_in(path: Path) -> Model | None:
     """Facts of a diffusion model's file, from its header; None for a damaged one."""
     try:
-        file = GGUFFile(path) if path.suffix.lower() == EXTENSION else TensorFile(path)
+        file = open_tensors(path)
         config = described_config(file)
     except CheckpointError:
         return None
@@ -111,7 +114,7 @@ def model_named(name: str) -> Model | None:
     return None if family is None else Model(kind=f"{family} model, by its name ('{name}')")
 
 
-def described_config(file: TensorFile | GGUFFile) -> MMDiTXConfig | None:
+def described_config(file: Tensors) -> MMDiTXConfig | None:
     """The shape of the SD3 model in a file, in Stability's or diffusers' layout."""
     for prefix in PREFIXES:
         shapes = {key: file.shape(prefix + key) for key in keys_under(file, prefix)}
@@ -123,21 +126,13 @@ def described_config(file: TensorFile | GGUFFile) -> MMDiTXConfig | None:
 
 
 def _stability_shapes(shapes: Shapes) -> Shapes:
-    """Those of diffusers' keys that decide a configuration."""
-    found: dict[str, tuple[int, ...]] = {}
-    for key, shape in shapes.items():
-        block = re.match(r"transformer_blocks\.(\d+)\.(.+)", key)
-        if block is None:
-            name, _, suffix = key.rpartition(".")
-            renamed = RENAMED.get(key) or (f"{RENAMED[name]}.{suffix}" if name in RENAMED else key)
-            found[renamed] = shape
-            continue
-        inner = {
-            "attn2.to_q.weight": "x_block.attn2.qkv.weight",
-            "attn.norm_added_k.weight": "context_block.attn.ln_k.weight",
-        }.get(block[2], block[2])
-        found[f"joint_blocks.{block[1]}.{inner}"] = shape
-    return found
+    """diffusers' under Stability's keys; those of other keys are left out."""
+    placed = ((from_diffusers_key(key), shape) for key, shape in shapes.items())
+    return {
+        place.key: (place.parts * shape[0], *shape[1:]) if shape else shape
+        for place, shape in placed
+        if place is not None
+    }
 
 
 @_kept
@@ -170,21 +165,21 @@ def vae_channels(path: Path) -> int | None:
     return next((shape[1] for shape in shapes if len(shape) == 4), None)
 
 
-_NUMBER = f"([0-9]{{1,{DIGITS.most}}})"
-_STABILITY_PREFIX = re.compile(r"lora_unet_|diffusion_model\.")
-_STABILITY_MODULE = re.compile(
-    rf"joint_blocks_{_NUMBER}_(x_block|context_block)_"
-    r"(attn2?_(qkv|proj|ln_[qk])|mlp_fc[12]|adaLN_modulation_1)"
-    r"|[xt]_embedder_(proj|mlp_[02])|context_embedder|y_embedder_mlp_[02]"
-    r"|final_layer_(linear|adaLN_modulation_1)"
-)
-_DIFFUSERS_PREFIX = re.compile(r"transformer\.|base_model\.model\.|lora_transformer_|lycoris_")
-_DIFFUSERS_MODULE = re.compile(
-    rf"transformer_blocks_{_NUMBER}_(attn2?_(to_[qkv]|to_out_0|add_[qkv]_proj|to_add_out"
-    r"|norm_(added_)?[qk])|ff(_context)?_net_(0_proj|2)|norm1(_context)?_linear)"
-    r"|context_embedder|pos_embed_proj|time_text_embed_(timestep|text)_embedder_linear_[12]"
-    r"|norm_out_linear|proj_out"
-)
+_BLOCK = re.compile(rf"(?:joint|transformer)_blocks_([0-9]{{1,{DIGITS.most}}})_(.+)")
+
+
+def _flat(names: Iterable[str]) -> frozenset[str]:
+    """As LoRAs call them."""
+    return frozenset(name.replace(".", "_") for name in names)
+
+
+_STABILITY = re.compile(r"lora_unet_|diffusion_model\."), (
+    _flat(RENAMED.values()), _flat([*RENAMED_IN_BLOCK.values(), *JOINED_IN_BLOCK])
+)  # fmt: skip
+_DIFFUSERS = re.compile(r"transformer\.|base_model\.model\.|lora_transformer_|lycoris_"), (
+    _flat(RENAMED), _flat([*RENAMED_IN_BLOCK, *chain(*JOINED_IN_BLOCK.values())])
+)  # fmt: skip
+"""What a LoRA's keys begin with, and the modules that may follow: outside blocks, and in one."""
 _CHANGE = re.compile(
     r"\.(lora_(up|down|mid|[AB](\.default)?)(\.weight)?|lora(_linear_layer)?\.(up|down)\.weight"
     r"|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2|[ab][12]\.weight|oft_blocks"
@@ -240,19 +235,17 @@ def _scale_in(metadata: Mapping[str, str]) -> float:
 
 def _fits(name: str, shapes: list[tuple[int, ...]], model: Model) -> bool:
     """Whether ComfyUI finds a LoRA's layer in the model, and one of its sides has that width."""
-    for prefix, modules in (
-        (_STABILITY_PREFIX, _STABILITY_MODULE),
-        (_DIFFUSERS_PREFIX, _DIFFUSERS_MODULE),
-    ):
+    for prefix, (outside, inside) in (_STABILITY, _DIFFUSERS):
         found = prefix.match(name)
-        module = found and modules.fullmatch(name[found.end() :].replace(".", "_"))
-        if module:
+        module = name[found.end() :].replace(".", "_") if found else ""
+        block = _BLOCK.fullmatch(module)
+        if (block and block[2] in inside) or module in outside:
             break
     else:
         return False
-    if module[1] is None:
+    if block is None:
         return True
-    if model.depth is not None and int(module[1]) >= model.depth:
+    if model.depth is not None and int(block[1]) >= model.depth:
         return False
     matrices = [shape for shape in shapes if len(shape) == 2]
     if model.hidden is None or not matrices:  # a LoKr's factors have sides of their own

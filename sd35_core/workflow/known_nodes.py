@@ -1,13 +1,12 @@
-"""Nodes that lead to a sampler, by their class: what they are and which widget says it."""
+"""Nodes of the host and of other packs that lead to a sampler: which widget says what."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-LOADER, ALIAS = "SD35Loader", "SD35ModelLoader"
-"""Our loader's id, which RES4LYF's has as well, and the one under which ours is there too."""
-
+from ..network.latent import LATENT_CHANNELS
+from .own_nodes import LOADER, SAMPLER, STEP_CACHE, SWEEP
 
 THEIR_WIDGETS = (
     "model_name", "weight_dtype", "clip_name1", "clip_name2_opt", "clip_name3_opt", "vae_name",
@@ -67,7 +66,7 @@ IDLE_ON_STOCK = {
 }
 """Nodes that act on a model from SD3.5 Loader, not on one from ComfyUI's own loaders."""
 CACHES = {
-    "SD35StepCache": "SD3.5 Step Cache",
+    STEP_CACHE: "SD3.5 Step Cache",
     "EasyCache": "EasyCache",
     "LazyCache": "LazyCache",
     "ApplyFBCacheOnModel": "First Block Cache",
@@ -82,11 +81,6 @@ OTHER_PREDICTIONS = {
 }
 """AuraFlow's shifts as SD3's does, but gives the network times in 0..1, not in 0..1000."""
 SHIFTS = {"ModelSamplingSD3"}
-OWN_NODES = {
-    "SkipLayerGuidance": "Skip Layer Guidance (SD3.5)",
-    "SD35StepCache": "SD3.5 Step Cache",
-    "SD35SkipLayerSweep": "SD3.5 Skip Layer Sweep",
-}
 LOADERS = {
     LOADER: ("model", ("checkpoints", "diffusion_models")),
     "CheckpointLoaderSimple": ("ckpt_name", ("checkpoints",)),
@@ -95,14 +89,12 @@ LOADERS = {
 }
 """Class -> the widget that names the model, and where the file is."""
 SAMPLER_NODES = {
-    *("SD35Sampler", "SD35SkipLayerSweep"),
+    *(SAMPLER, SWEEP),
     *("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced"),
     *("ClownsharKSampler", "ClownsharKSampler_Beta"),
 }
 """Of the pack, of ComfyUI and of RES4LYF."""
-CHECK_OUTPUTS = ("model", "positive", "negative", "latent")
-"""Inputs of SD35Check that come out again, in this order."""
-EMPTY_LATENTS = {"EmptySD3LatentImage": 16, "EmptyLatentImage": 4}
+EMPTY_LATENTS = {"EmptySD3LatentImage": LATENT_CHANNELS, "EmptyLatentImage": 4}
 VIDEO_LATENTS = {"EmptyHunyuanLatentVideo", "EmptyLTXVLatentVideo", "EmptyMochiLatentVideo",
                  "EmptyCosmosLatentVideo", "EmptyHunyuanVideo15Latent"}  # fmt: skip
 """With a dimension for time, which SD3 does not take."""

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from .graph import Budget, Graph, Link
-from .known_nodes import ALIAS, CHECK_OUTPUTS, LOADER, SAMPLER_NODES
+from .known_nodes import SAMPLER_NODES
+from .own_nodes import ALIAS, CHECK, CHECK_OUTPUTS, LOADER
 
 
 class Links:
@@ -26,7 +27,7 @@ class Links:
         while isinstance(value, list) and str(value[0]) in self.graph:
             self.budget.spend()
             source, slot = str(value[0]), value[1]
-            if self.kind(source) == "SD35Check" and 0 <= slot < len(CHECK_OUTPUTS):
+            if self.kind(source) == CHECK and 0 <= slot < len(CHECK_OUTPUTS):
                 passed = CHECK_OUTPUTS[slot]
             elif self.kind(source) in ("Reroute", "ReroutePrimitive"):
                 passed = next(iter(self.graph[source]["inputs"]), "")
@@ -48,6 +49,11 @@ class Links:
             if value is not None and not isinstance(value, list):
                 return value
         return None
+
+    def text(self, key: str, *names: str) -> str | None:
+        """A widget's text."""
+        value = self.value(key, *names)
+        return value if isinstance(value, str) else None
 
     def number(self, key: str, *names: str) -> float | None:
         """A widget's number."""

@@ -15,12 +15,11 @@ from ..sampling.guidance import SkipLayers, parse_layers
 from ..sampling.recipes import LAYER_PRESETS, RECIPES, Recipe, layers_text
 from .check import findings
 from .graph import Budget, TooLargeError
-from .known_nodes import LOADER
-from .reader import Find, Reader
+from .own_nodes import LOADER, SAMPLER, SKIP
+from .reader import FindFile, Reader
 from .setup import Setup
 from .workflow_file import api_graph, parsed
 
-SAMPLER, SKIP = "SD35Sampler", "SkipLayerGuidance"
 LARGEST_ANSWER = 4_000_000
 """Characters of JSON; a sampler of 50 steps takes about a thousand."""
 SETTINGS = ("steps", "cfg", "shift", "sampler", "schedule")
@@ -42,14 +41,14 @@ def skip_values(skip: SkipLayers) -> dict[str, Any]:
     return {"layers": layers_text(skip.layers), **window}
 
 
-def answer(body: bytes, find: Find, seconds: float = math.inf) -> str:
+def answer(body: bytes, find_file: FindFile, seconds: float = math.inf) -> str:
     """A workflow in JSON -> JSON: node id -> what to draw on it.
 
     Raises SettingError for no workflow, and for one that takes more than so many seconds.
     """
     budget = Budget(seconds)
     graph = api_graph(parsed(body), budget)
-    reader = Reader(graph, find, budget)
+    reader = Reader(graph, find_file, budget)
     found, length = [], 0
     for key, node in graph.items():
         budget.spend()
@@ -81,7 +80,7 @@ def sampler_panel(reader: Reader, key: str) -> dict[str, Any]:
         "loader": next((k for k in chain if reader.kind(k) == LOADER), None),
         "skip_nodes": skips,
         "changed": changed(reader, key, skips, recipe) if recipe else [],
-        "levels": setup.levels or [],
+        "sigmas": setup.sigmas or [],
         "bands": bands(setup),
         "findings": [[finding.severity, finding.text] for finding in findings(setup)],
     }
@@ -122,7 +121,7 @@ def bands(setup: Setup) -> list[dict[str, Any]]:
         except SettingError:
             continue
         own = SkipLayers(layers, skip.scale, skip.start, skip.end)
-        acting = own.acting(len(setup.levels or []))
+        acting = own.acting(len(setup.sigmas or [0.0]) - 1)
         found.append({"kind": "skip", "name": "Skip Layer Guidance", "steps": acting})
     for control in setup.controls:
         if control.start is None or control.end is None:

@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..network.latent import LATENT_CHANNELS
+from ..sampling.schedules import DEFAULT_SHIFT
 from .graph import Budget, Graph, Link, TooLargeError
 from .headers import LoraFile, control_in, lora_in, model_in, model_named, vae_channels
 from .known_nodes import (
@@ -19,11 +21,9 @@ from .known_nodes import (
     IDLE,
     IDLE_ON_PROMPTS,
     IDLE_ON_STOCK,
-    LOADER,
     LOADERS,
     NO_FILE,
     OTHER_PREDICTIONS,
-    OWN_NODES,
     SAMPLER_NODES,
     SHIFTS,
     SKIPS_OF_THE_HOST,
@@ -33,29 +33,30 @@ from .known_nodes import (
     is_theirs,
 )
 from .links import Links
+from .own_nodes import LOADER, NAMES, NEED_OUR_MODEL, SAMPLER, SKIP, SWEEP
 from .setup import Control, Encoders, Latent, Lora, Model, Prompt, Sampling, Setup, Skip
 
-Find = Callable[[str, str], "Path | None"]
+FindFile = Callable[[str, str], "Path | None"]
 """(folder, name) -> the file that a widget names."""
 
 MOST = 100
 """Nodes of one kind before a sampler."""
 
 
-def setups(graph: Graph, find: Find, budget: Budget | None = None) -> dict[str, Setup]:
+def setups(graph: Graph, find_file: FindFile, budget: Budget | None = None) -> dict[str, Setup]:
     """Sampler's node id -> what leads into it."""
-    reader = Reader(graph, find, budget)
+    reader = Reader(graph, find_file, budget)
     return {
         key: reader.setup(key) for key, node in graph.items() if node["class_type"] in SAMPLER_NODES
     }
 
 
 class Reader(Links):
-    """Reads what leads into a sampler; `find` finds the files that widgets name."""
+    """Reads what leads into a sampler; `find_file` finds the files that widgets name."""
 
-    def __init__(self, graph: Graph, find: Find, budget: Budget | None = None):
+    def __init__(self, graph: Graph, find_file: FindFile, budget: Budget | None = None):
         super().__init__(graph, budget)
-        self.find = cache(find)
+        self.find_file = cache(find_file)
         self._latents: dict[Link, Latent | None] = {}
 
     def setup(self, sampler: str) -> Setup:
@@ -99,14 +100,14 @@ class Reader(Links):
             caches=tuple(CACHES[kind] for kind in kinds if kind in CACHES),
             shift_nodes=tuple(kind for kind in kinds if kind in SHIFTS),
             own_nodes=tuple(
-                OWN_NODES[kind] for kind in [self.kind(sampler), *kinds] if kind in OWN_NODES
+                NAMES[kind] for kind in [self.kind(sampler), *kinds] if kind in NEED_OUR_MODEL
             ),
         )
 
     def file(self, folders: tuple[str, ...], name: Any) -> Path | None:
         if not isinstance(name, str) or name in NO_FILE:
             return None
-        return next((path for folder in folders if (path := self.find(folder, name))), None)
+        return next((path for folder in folders if (path := self.find_file(folder, name))), None)
 
     def model(self, chain: list[str]) -> Model | None:
         """Facts of the file at the chain's end; of its name alone where it is not there."""
@@ -128,7 +129,7 @@ class Reader(Links):
 
     def sampling(self, sampler: str, source: str, chain: list[str]) -> Sampling:
         """The widgets of whichever nodes make the steps."""
-        own = self.kind(sampler) in ("SD35Sampler", "SD35SkipLayerSweep")
+        own = self.kind(sampler) in (SAMPLER, SWEEP)
         sigmas = self.link(sampler, "sigmas")
         steps = sigmas[0] if sigmas else sampler
         chosen = self.link(sampler, "sampler")
@@ -144,37 +145,37 @@ class Reader(Links):
             steps=self.whole(steps, "steps"),
             cfg=cfg,
             shift=shift,
-            sampler=self.value(chosen[0] if chosen else sampler, "sampler", "sampler_name"),
-            schedule=self.value(steps, "schedule", "scheduler"),
+            sampler=self.text(chosen[0] if chosen else sampler, "sampler", "sampler_name"),
+            schedule=self.text(steps, "schedule", "scheduler"),
             denoise=self.number(steps, "denoise"),
             own=own,
         )
 
     def shift_before(self, chain: list[str]) -> float:
-        """What the last node that sets a shift left; a loader's own is 3."""
+        """What the last node that sets a shift left, else the loader's own."""
         for key in chain:
             if self.kind(key) in SHIFTS:
-                return self.number(key, "shift") or 3.0
-        return 3.0
+                return self.number(key, "shift") or DEFAULT_SHIFT
+        return DEFAULT_SHIFT
 
     def skips(self, chain: list[str]) -> Iterator[Skip]:
         """From the loader on; `frozen` is the shift that a node finds before it."""
-        frozen = 3.0
+        frozen = DEFAULT_SHIFT
         for key in reversed(chain):
             kind = self.kind(key)
             if kind in SHIFTS:
-                frozen = self.number(key, "shift") or 3.0
+                frozen = self.number(key, "shift") or DEFAULT_SHIFT
             stock = kind in SKIPS_OF_THE_HOST
-            if kind != "SkipLayerGuidance" and not stock:
+            if kind != SKIP and not stock:
                 continue
-            layers = self.value(key, "layers", "double_layers")
+            layers = self.text(key, "layers", "double_layers")
             numbers = [
                 self.number(key, *names)
                 for names in (("scale",), ("start", "start_percent"), ("end", "end_percent"))
             ]
             if kind == "SkipLayerGuidanceDiTSimple":  # the prompt without it is its negative
                 numbers[0] = 1.0
-            if not isinstance(layers, str) or None in numbers:
+            if layers is None or None in numbers:
                 continue
             scale, start, end = (number or 0.0 for number in numbers)
             yield Skip(layers, scale, start, end, stock=stock, frozen_shift=frozen)
@@ -265,7 +266,7 @@ class Reader(Links):
         if kind == "SetLatentNoiseMask":
             return replace(before, masked=True)
         if kind in SAMPLER_NODES:
-            return replace(before, empty=False, channels=16)
+            return replace(before, empty=False, channels=LATENT_CHANNELS)
         if kind == "LatentUpscale":
             return replace(before, width=width, height=height)
         return replace(before, width=None, height=None, batch=None, empty=None)

@@ -11,7 +11,15 @@ from functools import cached_property
 
 from ..errors import SettingError
 from ..network.config import VARIANTS
-from ..sampling.schedules import LEAST_SHIFT, MOST_SHIFT, STEPS_OF_TRAINING, acting_steps, sigmas
+from ..sampling.recipes import NANO, RECIPES, TURBO, Fits
+from ..sampling.schedules import (
+    DEFAULT_SHIFT,
+    LEAST_SHIFT,
+    MOST_SHIFT,
+    STEPS_OF_TRAINING,
+    acting_steps,
+    make_sigmas,
+)
 
 STEPS = range(1, 10_001)
 """What a sampler takes."""
@@ -70,7 +78,7 @@ class Skip:
     start: float
     end: float
     stock: bool = False
-    frozen_shift: float = 3.0
+    frozen_shift: float = DEFAULT_SHIFT
     """At which the host's own node turned its shares into noise levels."""
 
 
@@ -169,8 +177,8 @@ class Setup:
         """The steps in the window of a ControlNet; none where it or they are not known."""
         if control.start is None or control.end is None or control.strength == 0:
             return []
-        shift = self.sampling.shift or 3.0
-        return acting_steps(self.levels or [], control.start, control.end, shift)
+        shift = self.sampling.shift or DEFAULT_SHIFT
+        return acting_steps(self.sigmas or [], control.start, control.end, shift)
 
     @property
     def is_sd3(self) -> bool:
@@ -178,28 +186,34 @@ class Setup:
         return self.model is not None and self.model.kind == SD3
 
     @property
+    def fits(self) -> Fits:
+        """What the model still draws well with."""
+        recipe = RECIPES.get((self.model.recipe if self.model else None) or "")
+        return recipe.fits if recipe else Fits()
+
+    @property
     def turbo(self) -> bool:
-        return self.model is not None and self.model.recipe == "sd3.5_large_turbo"
+        return self.model is not None and self.model.recipe == TURBO
 
     @property
     def nano(self) -> bool:
-        return self.model is not None and self.model.recipe == "sd35_nano"
+        return self.model is not None and self.model.recipe == NANO
 
     @cached_property
-    def levels(self) -> list[float] | None:
-        """The noise level of each step, where they can be known."""
-        s, shift = self.sampling, self.sampling.shift or 3.0
-        if s.steps is None or not isinstance(s.schedule, str) or s.steps not in STEPS:
+    def sigmas(self) -> list[float] | None:
+        """The run's noise levels, with 0 at the end, where they can be known: (steps + 1,)."""
+        s, shift = self.sampling, self.sampling.shift or DEFAULT_SHIFT
+        if s.steps is None or s.schedule is None or s.steps not in STEPS:
             return None
         if not LEAST_SHIFT <= shift <= MOST_SHIFT:
             return None
         if s.schedule in _FOREIGN_SCHEDULES and s.steps > 1:
             lowest = shift / (STEPS_OF_TRAINING - 1 + shift)
             shares = (step / (s.steps - 1) for step in range(s.steps))
-            return [_FOREIGN_SCHEDULES[s.schedule](share, lowest) for share in shares]
+            return [*(_FOREIGN_SCHEDULES[s.schedule](share, lowest) for share in shares), 0.0]
         try:
             denoise = 1.0 if s.denoise is None else s.denoise
-            return sigmas(s.steps, shift, s.schedule, denoise)[:-1].tolist()
+            return make_sigmas(s.steps, shift, s.schedule, denoise).tolist()
         except SettingError:
             return None
 

@@ -12,7 +12,8 @@ from typing import Any
 from ..errors import SettingError
 from .graph import LONGEST_NAME, Budget, Graph, TooLargeError, node_of
 from .group_nodes import as_subgraph, group_of
-from .known_nodes import LOADER, THEIR_WIDGETS, WIDGETS
+from .known_nodes import THEIR_WIDGETS, WIDGETS
+from .own_nodes import LOADER
 
 SEED_MODES = {"fixed", "increment", "decrement", "randomize"}
 """What stands after a seed, without a name."""

@@ -24,7 +24,8 @@ from tools import host as hosts
 from .batches import check_files, finished, lines, started
 
 pytest.importorskip("ray", reason="Ray is not installed")
-JOBS = 40
+JOBS = 20
+"""More than are done while hosts are killed."""
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def read(path: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def server(comfyui: hosts.Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Server]:
-    if chromium.find() is None:
+    if chromium.find_browser() is None:
         pytest.skip("no Chromium: set SD35_CHROMIUM to one")
     with hosts.Server(comfyui, tmp_path_factory.mktemp("canvas"), ["--cpu"]) as running:
         yield running

@@ -69,6 +69,12 @@ def model_copy(server: hosts.Server) -> str:
     return path.name
 
 
+def ours_in(page: browser.Page) -> list[str]:
+    """Errors in the page's console that name the pack."""
+    messages: list[str] = page.messages  # pyright: ignore
+    return [m for m in messages if "sd35" in m.lower() and m.startswith(("error", "page"))]
+
+
 def run_on_canvas(page: browser.Page, url: str) -> dict[str, Any]:
     """Queue the open workflow as the button does, wait for its end, give its history."""
     before = set(hosts.call(url, "/history"))
@@ -105,8 +111,11 @@ def test_a_workflow_opens_exports_to_its_twin_and_runs(
     expected = read(PACK / "workflows" / "api" / f"{name}.json")
     assert essence(seen) == essence(expected)
     files = workflows.files_of(expected)
+    assert not ours_in(page)
     missing = page.evaluate(MISSING_FILES)
     assert sorted(missing, key=str) == sorted(map(workflows.download, files), key=str)
+    if renderer == "classic" and name != "text_to_image":
+        return  # the prompt is the twin's, which the other renderer runs
     if files:
         history = run_without_canvas(server.url, workflows.with_small_model(seen, lora=small_lora))
     elif any(node["class_type"] == "SD35Quantize" for node in seen.values()):
@@ -117,8 +126,7 @@ def test_a_workflow_opens_exports_to_its_twin_and_runs(
         page.screenshot(path=str(SHOTS / f"{name}_{renderer}_done.png"))
     assert history["status"]["status_str"] == "success"
     assert any(output.get("images") for output in history["outputs"].values())
-    ours = [m for m in page.messages if "sd35" in m.lower() and m.startswith(("error", "page"))]  # pyright: ignore
-    assert not ours
+    assert not ours_in(page)
 
 
 def test_help_pages_are_served_for_every_node(server: hosts.Server) -> None:

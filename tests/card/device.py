@@ -9,7 +9,7 @@ interface experimental; without it the import of this file is an ImportError.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,  # pyright: ignore[reportAttributeAccessIssue]
 )
@@ -96,7 +95,7 @@ class OnCard(Tensor):
         cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = tensors_in(args, kwargs)
         if func in ONE_KERNEL and all(isinstance(tensor, OnCard) for tensor in tensors):
             counts.launches[func.__name__] += 1
             return up(func(*down(args), **down(kwargs)))
@@ -128,7 +127,7 @@ class Card(TorchDispatchMode):
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation, as a card would run it or refuse it."""
     kind, name = func.overloadpacket, func._schema.name.removeprefix("aten::")
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = tensors_in(args, kwargs)
     here = [isinstance(tensor, OnCard) for tensor in tensors]
     # a number on the CPU travels with the launch; a number on the card can't travel back
     mixed = any(here) and any(t.dim() and not on for t, on in zip(tensors, here))
@@ -165,11 +164,29 @@ def _count(
         counts.launches[name] += 1
 
 
+def mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """An operation's arguments or results with every tensor changed; torch's own way of walking
+    through a nest takes half the time of a test."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if type(tree) in (list, tuple):
+        return type(tree)(mapped(part, change) for part in tree)
+    if type(tree) is dict:
+        return {key: mapped(part, change) for key, part in tree.items()}
+    return tree
+
+
+def tensors_in(*trees: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    mapped(trees, found.append)
+    return found
+
+
 def down(tree: Any) -> Any:
-    """The CPU's tensors behind the card's, in any nest of lists and dicts."""
-    return tree_map_only(OnCard, lambda tensor: tensor.raw, tree)
+    """The CPU's tensors behind the card's."""
+    return mapped(tree, lambda tensor: tensor.raw if isinstance(tensor, OnCard) else tensor)
 
 
 def up(tree: Any) -> Any:
     """The same on the card."""
-    return tree_map_only(Tensor, lambda t: t if isinstance(t, OnCard) else OnCard(t), tree)
+    return mapped(tree, lambda t: t if isinstance(t, OnCard) else OnCard(t))

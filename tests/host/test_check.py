@@ -188,11 +188,11 @@ def test_a_lora_that_fits_gets_no_words(
 def test_objects_are_judged_where_the_workflow_says_nothing(
     comfy: SimpleNamespace, ours: Any, stock: Any, conds: Any
 ) -> None:
-    facts = __import__("sd35_pack.nodes.host.facts", fromlist=["said"])
+    facts = __import__("sd35_pack.nodes.host.facts", fromlist=["findings_at"])
     empty = {"samples": torch.zeros(1, 16, 16, 16)}
 
     def rules(model: Any = ours, positive: Any = conds.positive, latent: Any = empty) -> set[str]:
-        found = facts.said({}, None, model, positive, conds.negative, latent)
+        found = facts.findings_at({}, None, model, positive, conds.negative, latent)
         return {finding.rule for finding in found}
 
     def changed(**extra: Any) -> Any:
@@ -234,7 +234,7 @@ def test_the_canvas_gets_answers_about_the_open_workflow(server: hosts.Server) -
     plan = hosts.call(server.url, "/sd35/plan", hosts.json.loads(path.read_text("utf-8")))
     panel = plan["12"]
     assert panel["recipe"] == "sd35_nano" and panel["changed"] == [] and panel["findings"] == []
-    assert len(panel["levels"]) == 28 and panel["levels"][0] == 1.0
+    assert len(panel["sigmas"]) == 29 and panel["sigmas"][0] == 1.0
     (band,) = panel["bands"]
     assert band["name"] == "canny ControlNet" and band["steps"] == list(range(28))
     recipes = hosts.call(server.url, "/sd35/recipes")

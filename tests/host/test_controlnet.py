@@ -19,7 +19,7 @@ from sd35_core.network.latent import to_model
 from sd35_core.pipeline import load_vae
 from sd35_core.sampling.guidance import guided
 from sd35_core.sampling.samplers import dpmpp_2m
-from sd35_core.sampling.schedules import sigmas
+from sd35_core.sampling.schedules import make_sigmas
 from tools.parity import weight
 
 from ..conftest import NANO
@@ -79,7 +79,7 @@ def test_the_hosts_sampling_gives_what_the_core_gives(
         return guided(uncond, cond, 4.0)
 
     noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(5))
-    latent = dpmpp_2m(denoise, noise, sigmas(8, 3.0), {})
+    latent = dpmpp_2m(denoise, noise, make_sigmas(8, 3.0), {})
     expected = latent / 1.5305 + 0.0609
     found = ksampler(ours, **controlled(name))
     assert difference(found, expected) < EXACT

@@ -96,8 +96,8 @@ def test_decoding_ends_between_two_tensors_when_it_is_cancelled(
     import comfy.model_management as management
 
     file = comfy.loading.read(write(tmp_path / "model.gguf", small, "Q8_0"))
-    key = next(iter(file.tensors))
+    key = next(iter(file))
     management.interrupt_current_processing()
     with pytest.raises(management.InterruptProcessingException):
-        file.tensors[key]
-    assert file.tensors[key].numel()
+        file[key]
+    assert file[key].numel()

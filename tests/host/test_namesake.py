@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from sd35_core.workflow.check import check
-from sd35_core.workflow.known_nodes import ALIAS, LOADER, as_ours
+from sd35_core.workflow.known_nodes import as_ours
+from sd35_core.workflow.own_nodes import ALIAS, LOADER
 from tools import browser as browsers
 from tools import chromium
 from tools import host as hosts
@@ -64,7 +65,7 @@ def test_both_packs_prompts_run(beside: hosts.Server, workflow: dict[str, Any]) 
 
 
 def test_our_canvas_workflows_open_with_every_value_in_its_place(beside: hosts.Server) -> None:
-    if chromium.find() is None:
+    if chromium.find_browser() is None:
         pytest.skip("no Chromium: set SD35_CHROMIUM to one")
     import json
 
@@ -92,7 +93,7 @@ def test_their_prompt_is_read_as_ours_without_them(server: hosts.Server) -> None
 
 
 def test_their_canvas_workflow_opens_with_every_value_in_its_place(server: hosts.Server) -> None:
-    if chromium.find() is None:
+    if chromium.find_browser() is None:
         pytest.skip("no Chromium: set SD35_CHROMIUM to one")
     theirs = {
         "id": 1, "type": LOADER, "pos": [0, 0], "size": [300, 200], "flags": {}, "order": 0,

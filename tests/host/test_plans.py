@@ -87,7 +87,7 @@ def test_too_many_questions_are_refused_and_the_next_one_is_answered(server: hos
     words = {found.get("error", "") for status, found in answers if status == 413}
     assert any("Too many workflows wait" in text for text in words)
     assert len(seconds) > 10, "the queue answers meanwhile"
-    assert hosts.call(server.url, "/sd35/plan", {"1": sampler()})["1"]["levels"]
+    assert hosts.call(server.url, "/sd35/plan", {"1": sampler()})["1"]["sigmas"]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_one_graph_serves_every_step(cached: bool, twins: list[Twin]) -> None:
     ahead = torch.tensor(TIMES)
     for time in TIMES:
         call = x * time, torch.full_like(timestep, time), context, y
-        known = cache.of(network, call[1], y, ahead) if cached else None
+        known = cache.look_up(network, call[1], y, ahead) if cached else None
         seen = compiled(*call, twins=twins, modulations=known)
         assert torch.allclose(seen, network(*call, twins=twins), rtol=1e-4, atol=1e-4)
     assert len(graphs) == 1

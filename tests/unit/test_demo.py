@@ -123,7 +123,7 @@ def test_nothing_is_fetched_for_a_picture_that_can_not_be_saved(
         raise AssertionError("fetched")
 
     (tmp_path / "mine.png").write_bytes(b"mine")
-    monkeypatch.setattr(host, "find", fetched)
+    monkeypatch.setattr(host, "find_comfyui", fetched)
     monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path / "mine.png")])
     assert demo.main() == 1 and "is there already" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import torch
 
 from sd35_core.errors import SettingError
 from sd35_core.sampling.guidance import SkipLayers, away_from_skipped, guided, parse_layers, step_of
-from sd35_core.sampling.schedules import SCHEDULES, sigmas
+from sd35_core.sampling.schedules import SCHEDULES, make_sigmas
 
 OFFICIAL = SkipLayers(frozenset({7, 8, 9}), scale=2.5, start=0.01, end=0.20)
 
@@ -17,15 +17,15 @@ OFFICIAL = SkipLayers(frozenset({7, 8, 9}), scale=2.5, start=0.01, end=0.20)
 def test_the_official_window_fires_on_the_same_steps_of_every_schedule(
     schedule: str, steps: int, fired: int
 ) -> None:
-    levels = sigmas(steps, 3.0, schedule)
-    active = [OFFICIAL.active(step_of(s, levels), steps) for s in levels[:-1]]
+    sigmas = make_sigmas(steps, 3.0, schedule)
+    active = [OFFICIAL.active(step_of(s, sigmas), steps) for s in sigmas[:-1]]
     assert sum(active) == fired
     assert active.index(True) == 1
 
 
 def test_calls_between_two_levels_belong_to_the_step_under_way() -> None:
-    levels = torch.tensor([1.0, 0.5, 0.25, 0.0])
-    assert [step_of(s, levels) for s in torch.tensor([1.0, 0.7, 0.5, 0.3, 0.25, 0.1, 0.0])] == [
+    sigmas = torch.tensor([1.0, 0.5, 0.25, 0.0])
+    assert [step_of(s, sigmas) for s in torch.tensor([1.0, 0.7, 0.5, 0.3, 0.25, 0.1, 0.0])] == [
         0,
         0,
         1,

@@ -44,7 +44,7 @@ def test_a_run_with_the_cache_has_the_same_bits(dtype: torch.dtype, batch: int) 
     twins = [Twin(batch - 1, frozenset({1, 2}), source=0)] if batch > 1 else []
     for time in TIMES[:-1].tolist():
         call = at(time, inputs)
-        known = cache.of(network, call[1], call[3], TIMES[:-1])
+        known = cache.look_up(network, call[1], call[3], TIMES[:-1])
         with_cache = network(*call, twins=twins, modulations=known)
         assert torch.equal(with_cache, network(*call, twins=twins))
 
@@ -55,15 +55,15 @@ def test_all_pairs_are_computed_at_the_first_call() -> None:
     y = inputs[3][[0, 1, 0, 1]]
     with counted(network) as rows:
         for time in TIMES[:-1].tolist():
-            cache.of(network, torch.full((4,), time), y, TIMES[:-1])
+            cache.look_up(network, torch.full((4,), time), y, TIMES[:-1])
         assert rows == [16], "8 pairs at once, padded to 16 rows"
-        cache.of(network, torch.full((4,), 333.0), y, TIMES[:-1])
+        cache.look_up(network, torch.full((4,), 333.0), y, TIMES[:-1])
         assert rows == [16, 16], "a timestep between two steps"
-        cache.of(network, torch.full((4,), 500.0), y + 1, TIMES[:-1])
-        cache.of(network, torch.full((4,), 120.0), y + 1, TIMES[:-1])
+        cache.look_up(network, torch.full((4,), 500.0), y + 1, TIMES[:-1])
+        cache.look_up(network, torch.full((4,), 120.0), y + 1, TIMES[:-1])
         assert rows == [16, 16, 16], "another prompt, from here to the end of the run"
         cache.clear()
-        cache.of(network, torch.full((4,), 120.0), y, TIMES[:-1])
+        cache.look_up(network, torch.full((4,), 120.0), y, TIMES[:-1])
         assert rows == [16] * 4
 
 
@@ -74,7 +74,7 @@ def test_a_long_run_keeps_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
     y = random_inputs(batch=2)[3]
     with counted(network) as rows:
         for time in times:
-            known = cache.of(network, time.expand(2), y, times)
+            known = cache.look_up(network, time.expand(2), y, times)
             assert cache.kept is not None and len(cache.kept.c) <= 32
             assert torch.equal(known.c, network.conditioning(time.expand(2), y))
     assert sum(rows) == 208, "200 pairs, each once, and the last call padded"
@@ -84,7 +84,7 @@ def test_what_is_not_a_number_is_not_kept() -> None:
     network, cache = random_model(), ModulationCache()
     _, timestep, _, y = random_inputs(batch=2)
     for _ in range(3):
-        known = cache.of(network, timestep, y * torch.nan)
+        known = cache.look_up(network, timestep, y * torch.nan)
         assert known.c.isnan().all()
     assert known.c.shape == (2, TINY.hidden)
 
@@ -94,7 +94,7 @@ def test_what_a_full_cache_takes_is_known_beforehand(monkeypatch: pytest.MonkeyP
     network, cache = random_model(), ModulationCache()
     times = torch.linspace(1000, 1, 31)
     y = random_inputs(batch=1)[3]
-    cache.of(network, times[:1], y, times)
+    cache.look_up(network, times[:1], y, times)
     assert cache.kept is not None and 28 <= len(cache.kept.c) <= 32
     kept = [cache.kept.c, cache.kept.final, *(t for pair in cache.kept.blocks for t in pair)]
     rows = len(cache.kept.c)

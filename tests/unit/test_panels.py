@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sd35_core.errors import SettingError
-from sd35_core.sampling.schedules import MOST_STEPS, sigmas
+from sd35_core.sampling.schedules import MOST_STEPS, make_sigmas
 from sd35_core.workflow.__main__ import main
 from sd35_core.workflow.graph import LARGEST_NUMBER, LONGEST_TEXT, TooLargeError, bounded_value
 from sd35_core.workflow.panels import LARGEST_ANSWER, answer
@@ -58,7 +58,7 @@ def test_what_is_no_workflow_is_refused_in_words(body: bytes) -> None:
 
 def test_a_prompt_with_other_things_beside_it_is_read() -> None:
     found, _ = asked({"prompt": {"7": sampler()}, "nodes": 5})
-    assert len(json.loads(found)["7"]["levels"]) == 20
+    assert len(json.loads(found)["7"]["sigmas"]) == 21
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_a_value_is_bounded_where_it_is_read(value: Any, seen: Any) -> None:
 @pytest.mark.parametrize("denoise", [1e-300, 5e-324, 19 / MOST_STEPS])
 def test_a_schedule_has_an_end(denoise: float) -> None:
     with pytest.raises(SettingError, match="1,000,000 is the most. Raise denoise"):
-        sigmas(20, 3.0, "normal", denoise)
-    assert len(sigmas(20, 3.0, "simple", 20 / MOST_STEPS)) == 21
+        make_sigmas(20, 3.0, "normal", denoise)
+    assert len(make_sigmas(20, 3.0, "simple", 20 / MOST_STEPS)) == 21
 
 
 def test_the_command_line_ends_in_words_too(

@@ -7,22 +7,22 @@ import torch
 
 from sd35_core.errors import SettingError
 from sd35_core.sampling.samplers import SAMPLERS
-from sd35_core.sampling.schedules import SCHEDULES, shifted, sigmas
+from sd35_core.sampling.schedules import SCHEDULES, make_sigmas, shifted
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 2, 4, 28, 50])
 @pytest.mark.parametrize("denoise", [1.0, 0.5, 0.07])
 def test_a_schedule_falls_to_zero(schedule: str, steps: int, denoise: float) -> None:
-    levels = sigmas(steps, 3.0, schedule, denoise)
-    assert len(levels) == steps + 1
-    assert levels[-1] == 0
-    assert (levels[:-1] > levels[1:]).all()
-    assert levels[0] <= 1 and (denoise < 1 or levels[0] == 1)
+    sigmas = make_sigmas(steps, 3.0, schedule, denoise)
+    assert len(sigmas) == steps + 1
+    assert sigmas[-1] == 0
+    assert (sigmas[:-1] > sigmas[1:]).all()
+    assert sigmas[0] <= 1 and (denoise < 1 or sigmas[0] == 1)
 
 
 def test_denoise_takes_the_end_of_a_longer_schedule() -> None:
-    assert torch.equal(sigmas(10, 3.0, "normal", 0.5), sigmas(20, 3.0)[-11:])
+    assert torch.equal(make_sigmas(10, 3.0, "normal", 0.5), make_sigmas(20, 3.0)[-11:])
 
 
 def test_shift_keeps_the_ends_and_raises_the_middle() -> None:
@@ -43,7 +43,7 @@ def test_shift_keeps_the_ends_and_raises_the_middle() -> None:
 )
 def test_settings_that_cannot_work_are_refused(arguments: tuple, words: str) -> None:
     with pytest.raises(SettingError, match=words):
-        sigmas(*arguments)
+        make_sigmas(*arguments)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -53,7 +53,7 @@ def test_a_sampler_lands_on_the_picture_of_a_perfect_model(name: str) -> None:
     out = SAMPLERS[name](
         lambda x, sigma: picture,
         torch.randn_like(picture),
-        sigmas(6, 3.0),
+        make_sigmas(6, 3.0),
         callback=lambda state: seen.append(state["i"]),
     )
     assert torch.allclose(out, picture, atol=1e-6)
@@ -72,6 +72,6 @@ def test_second_order_is_closer_than_first_on_a_curved_flow() -> None:
 
     x = torch.linspace(-2, 2, 9)[:, None]
     exact = mean + spread * x
-    levels = sigmas(12, 1.0, "sgm_uniform")
-    errors = {n: (s(denoise, x, levels) - exact).abs().max().item() for n, s in SAMPLERS.items()}
+    sigmas = make_sigmas(12, 1.0, "sgm_uniform")
+    errors = {n: (s(denoise, x, sigmas) - exact).abs().max().item() for n, s in SAMPLERS.items()}
     assert errors["dpmpp_2m"] < errors["euler"] / 2 < 0.1

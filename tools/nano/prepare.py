@@ -38,7 +38,7 @@ vae_of = cache(load_vae)
 
 def clip_tokenizer() -> Tokenize:
     """CLIP's, whose files come with ComfyUI."""
-    return tokenizer(host.find().folder / "comfy" / "sd1_tokenizer")
+    return tokenizer(host.find_comfyui().folder / "comfy" / "sd1_tokenizer")
 
 
 def pictures_of(scenes: list[Scene], first_seed: int, size: Size = SIZE) -> Tensor:

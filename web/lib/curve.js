@@ -6,10 +6,10 @@ const WIDTH = 320;
 const HEIGHT = 96;
 const EDGE = 6;
 
-export function curve(levels, bands) {
-    const steps = levels.length;
+export function curve(sigmas, bands) {
+    const steps = Math.max(sigmas.length - 1, 0);
     const x = (step) => EDGE + (step / Math.max(steps, 1)) * (WIDTH - 2 * EDGE);
-    const y = (level) => HEIGHT - EDGE - level * (HEIGHT - 2 * EDGE);
+    const y = (sigma) => HEIGHT - EDGE - sigma * (HEIGHT - 2 * EDGE);
     const svg = shape("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, class: "sd35-curve" });
     svg.append(shape("rect", { class: "sd35-ground", width: WIDTH, height: HEIGHT, rx: 4 }));
     for (const band of bands) {
@@ -20,7 +20,7 @@ export function curve(levels, bands) {
         }
         svg.append(part);
     }
-    const places = [...levels, 0].map((level, step) => [x(step).toFixed(1), y(level).toFixed(1)]);
+    const places = sigmas.map((sigma, step) => [x(step).toFixed(1), y(sigma).toFixed(1)]);
     if (steps) svg.append(shape("polyline", { class: "sd35-line", points: places.join(" ") }));
     const dots = places.map(([left, top]) => `M${left} ${top}h.01`).join("");
     if (steps <= 60) svg.append(shape("path", { class: "sd35-dots", d: dots }));

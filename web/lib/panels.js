@@ -38,14 +38,14 @@ export function samplerPanel(state, recipes, on) {
             { class: "sd35-changed", title: `${words}\nIn brackets: what the recipe says.` },
             state.recipe ? words : "",
         ),
-        curve(state.levels, state.bands),
+        curve(state.sigmas, state.bands),
         element("div", { class: "sd35-legend" }, ...legend(state)),
         element("div", { class: "sd35-findings" }, ...said(state)),
     ];
 }
 
-function legend({ levels, bands }) {
-    const items = [element("span", {}, `${levels.length} steps`)];
+function legend({ sigmas, bands }) {
+    const items = [element("span", {}, `${Math.max(sigmas.length - 1, 0)} steps`)];
     for (const band of bands) {
         const count = `${band.name}: ${band.steps.length}`;
         items.push(element("span", { class: `sd35-key-${band.kind}` }, count));

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...network.config import VARIANTS
+from ...sampling.recipes import RECIPES
 from ..finding import Finding, error, note, warning
 from ..setup import PUBLISHED_WIDTHS, Control, Setup
 
-FAMILIES = {1536: "SD3.5 Medium", 2432: "SD3.5 Large", 256: "the model that comes with the pack"}
+FAMILIES = {
+    **{VARIANTS[name].hidden: RECIPES[name].name for name in ("sd3.5_medium", "sd3.5_large")},
+    256: "the model that comes with the pack",
+}
+"""Width -> the models of it."""
+CROPPED = 0.1
+"""Share of a hint's longer side that is lost before it is worth a word."""
 
 
 def about_controls(setup: Setup) -> Iterator[Finding]:
     if len(setup.controls) == 0:
         return
     hidden = setup.model.hidden if setup.model else None
-    levels = setup.levels
     for control in setup.controls:
         what = f"{control.control_type or 'SD3.5'} ControlNet"
         if control.foreign:
@@ -61,15 +68,15 @@ def about_controls(setup: Setup) -> Iterator[Finding]:
         elif (
             start is not None
             and end is not None
-            and levels is not None
+            and setup.sigmas is not None
             and not setup.controlled(control)
         ):
             yield warning(
                 "control steps",
-                f"The {what} acts on none of the {len(levels)} steps: its window is "
+                f"The {what} acts on none of the {len(setup.sigmas) - 1} steps: its window is "
                 f"{start:g} to {end:g}. Widen it.",
             )
-        if strength is not None and strength > 1.5:
+        if strength is not None and strength > setup.fits.control_strength:
             yield warning(
                 "control strength",
                 f"The strength of the {what} is {strength:g}; above 1 pictures break. Stability AI "
@@ -109,7 +116,7 @@ def _hint_shape(setup: Setup, control: Control, what: str) -> Iterator[Finding]:
     if control.hint_size and latent.width and latent.height:
         width, height = control.hint_size
         apart = (width / height) / (latent.width / latent.height)
-        if not 0.9 < apart < 1.11:
+        if not 1 - CROPPED < apart < 1 / (1 - CROPPED):
             yield warning(
                 "control shape",
                 f"The picture for the {what} is {width}x{height}, the latent "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...network.latent import CHANNELS, PIXELS
+from ...network.latent import LATENT_CHANNELS, PIXELS
 from ..finding import Finding, error, note, warning
 from ..setup import Setup
 
 PIXELS_OF_A_PATCH = 2 * PIXELS
-SMALLEST, LARGEST = 0.25, 2.0
-"""Megapixels that SD3.5 was made for."""
+NEARLY = 0.02
+"""Share of the megapixels by which a size may be off, as 1000x1000 is."""
 CLIP_TOKENS = 77
 """What CLIP-L and CLIP-G were trained with."""
 T5_TOKENS = 256
@@ -107,11 +107,11 @@ def about_latent(setup: Setup) -> Iterator[Finding]:
             "The latent holds values that are not numbers, so the picture would be black. Look "
             "for the node that made it.",
         )
-    if latent.channels not in (None, CHANNELS) and not latent.empty:
+    if latent.channels not in (None, LATENT_CHANNELS) and not latent.empty:
         yield error(
             "latent channels",
-            f"The latent has {latent.channels} channels, SD3.5's have {CHANNELS}: it was encoded "
-            "by another model's VAE. Encode the picture with SD3.5's.",
+            f"The latent has {latent.channels} channels, SD3.5's have {LATENT_CHANNELS}: it "
+            "was encoded by another model's VAE. Encode the picture with SD3.5's.",
         )
     width, height = latent.width, latent.height
     if not width or not height:
@@ -132,19 +132,22 @@ def about_latent(setup: Setup) -> Iterator[Finding]:
             f"{side}x{side}. Use a smaller latent, and enlarge the picture afterwards.",
         )
     elif setup.published:
-        size = width * height / 2**20
-        if not SMALLEST * 0.98 <= size <= LARGEST * 1.02:
+        size, (least, most) = width * height / 2**20, setup.fits.megapixels
+        if not least * (1 - NEARLY) <= size <= most * (1 + NEARLY):
             yield warning(
                 "size",
-                f"{width}x{height} is {size:.2f} megapixels; SD3.5 was made for {SMALLEST} to "
-                f"{LARGEST:g}, best near 1. {_SIZE_HELP[size > 1]}",
+                f"{width}x{height} is {size:.2f} megapixels; SD3.5 was made for {least:g} to "
+                f"{most:g}, best near 1. {_SIZE_HELP[size > 1]}",
             )
-    elif setup.nano and not 128 <= min(width, height) <= max(width, height) <= 192:
-        yield warning(
-            "size",
-            f"{width}x{height}: the small model that comes with the pack draws 128x128 well, up to "
-            "192 on a side, and little else. Use 128x128.",
-        )
+    elif setup.nano:
+        least, most = setup.fits.sides
+        if not least <= min(width, height) <= max(width, height) <= most:
+            yield warning(
+                "size",
+                f"{width}x{height}: the small model that comes with the pack draws {least:g}x"
+                f"{least:g} well, up to {most:g} on a side, and little else. Use {least:g}x"
+                f"{least:g}.",
+            )
 
 
 _SIZE_HELP = (

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ...network.latent import CHANNELS
+from ...network.latent import LATENT_CHANNELS
 from ..finding import Finding, error, note, warning
+from ..own_nodes import ALIAS, LOADER, NAMES
 from ..setup import SD3, Setup
 
 
@@ -22,11 +23,11 @@ def about_model(setup: Setup) -> Iterator[Finding]:
         )
     elif not model.own and setup.own_nodes:
         other = "RES4LYF's node of the id SD35Loader" if model.of_res4lyf else "another node"
-        beside = " (beside RES4LYF)" if model.of_res4lyf else ""
+        loader = NAMES[ALIAS if model.of_res4lyf else LOADER]
         yield error(
             "model loader",
             f"{' and '.join(setup.own_nodes)} need a model from SD3.5 Loader, and this one comes "
-            f"from {other}. Load it with SD3.5 Loader{beside}.",
+            f"from {other}. Load it with {loader}.",
         )
     if not model.flow and setup.sampling.own:
         yield note(
@@ -61,11 +62,11 @@ def about_vae(setup: Setup) -> Iterator[Finding]:
             "There is no VAE to decode with: it was set to 'none', or the file holds none. Choose "
             "the SD3.5 VAE in SD3.5 Loader.",
         )
-    elif setup.vae_channels not in (None, CHANNELS):
+    elif setup.vae_channels not in (None, LATENT_CHANNELS):
         yield error(
             "vae channels",
-            f"The VAE has {setup.vae_channels} latent channels, SD3.5's has {CHANNELS}: it is "
-            "another model's. Choose the SD3.5 VAE in SD3.5 Loader.",
+            f"The VAE has {setup.vae_channels} latent channels, SD3.5's has {LATENT_CHANNELS}: it "
+            "is another model's. Choose the SD3.5 VAE in SD3.5 Loader.",
         )
     elif setup.is_sd3 and _FLUX_VAE.fullmatch(setup.vae_name or ""):
         yield warning(

@@ -6,26 +6,27 @@ from collections.abc import Iterator
 
 from ...errors import SettingError
 from ...sampling.guidance import SkipLayers, parse_layers
-from ...sampling.recipes import NANO, RECIPES, Fits
+from ...sampling.recipes import MEDIUM_LAYERS, RECIPES, TURBO, layers_text
 from ...sampling.schedules import acting_steps
 from ..finding import Finding, error, note, warning
 from ..setup import Setup, Skip
 
-FITS = Fits()
-"""Of a model that has no recipe."""
+MOST_SKIPPED = 0.4
+"""Share of the steps on which Skip Layer Guidance may act before it is worth a word."""
 
 
 def about_sampling(setup: Setup) -> Iterator[Finding]:
     steps, cfg, shift = setup.sampling.steps, setup.sampling.cfg, setup.sampling.shift
+    fits = setup.fits
     if setup.turbo:
-        recipe = RECIPES["sd3.5_large_turbo"]
-        if cfg is not None and cfg > recipe.fits.cfg[1]:
+        recipe = RECIPES[TURBO]
+        if cfg is not None and cfg > fits.cfg[1]:
             yield warning(
                 "turbo cfg",
                 f"cfg is {cfg:g}, but Large Turbo was distilled to go without guidance: colours "
                 f"burn, and every step takes twice the time. Set cfg to {recipe.cfg:g}.",
             )
-        if steps is not None and steps > recipe.fits.steps[1]:
+        if steps is not None and steps > fits.steps[1]:
             yield warning(
                 "turbo steps",
                 f"steps is {steps}, but Large Turbo was made for {recipe.steps}: more take time "
@@ -39,13 +40,13 @@ def about_sampling(setup: Setup) -> Iterator[Finding]:
             )
     elif setup.published and setup.model is not None and setup.model.variant is not None:
         recipe = RECIPES[setup.model.variant]
-        if steps is not None and steps < recipe.fits.steps[0]:
+        if steps is not None and steps < fits.steps[0]:
             yield warning(
                 "few steps",
                 f"steps is {steps}; {recipe.name} needs 20 or more ({recipe.steps} in its recipe), "
                 f"and only Large Turbo makes pictures in 4. Set steps to {recipe.steps}.",
             )
-        if cfg and cfg < recipe.fits.cfg[0]:
+        if cfg and cfg < fits.cfg[0]:
             yield warning(
                 "low cfg",
                 f"cfg is {cfg:g}, so the prompt hardly counts; only Large Turbo goes without "
@@ -58,25 +59,30 @@ def about_sampling(setup: Setup) -> Iterator[Finding]:
             "it 0 when there is no guidance; here that is 1. Set cfg to 1 for Large Turbo, and to "
             "3.5 to 5 for the others.",
         )
-    if cfg is not None and cfg > FITS.cfg[1] and not setup.turbo:
+    if cfg is not None and cfg > fits.cfg[1] and not setup.turbo:
         yield warning(
             "high cfg",
             f"cfg is {cfg:g}: contrast and colours burn. SD3.5 was made for 3.5 to 5; lower it.",
         )
     sampler = setup.sampling.sampler
-    if cfg is not None and cfg > 3 and isinstance(sampler, str) and sampler.endswith("_cfg_pp"):
+    if (
+        cfg is not None
+        and cfg > fits.cfg_pp
+        and isinstance(sampler, str)
+        and sampler.endswith("_cfg_pp")
+    ):
         yield warning(
             "cfg of cfg++",
             f"The sampler {sampler} counts cfg on another scale: at {cfg:g} the picture burns. Set "
             f"cfg to 0.8 to 2, or take {sampler.removesuffix('_cfg_pp')}.",
         )
-    if setup.published and shift is not None and not FITS.shift[0] <= shift <= FITS.shift[1]:
+    if setup.published and shift is not None and not fits.shift[0] <= shift <= fits.shift[1]:
         yield warning(
             "shift",
             f"shift is {shift:g}, but SD3.5 was made for 3 (up to 6 for larger pictures). "
             "Set shift to 3.",
         )
-    if setup.nano and shift is not None and shift > RECIPES[NANO].fits.shift[1]:
+    if setup.nano and shift is not None and shift > fits.shift[1]:
         yield warning(
             "shift",
             f"shift is {shift:g}, but the small model that comes with the pack was trained for 1. "
@@ -144,16 +150,20 @@ def about_skipped_layers(setup: Setup) -> Iterator[Finding]:
             )
             continue
         yield from _skip_steps(setup, skip, layers)
-        variant = setup.model.variant if setup.model else None
-        if variant == "sd3.5_large" and layers <= {7, 8, 9} and not setup.turbo:
+        if (
+            setup.model
+            and setup.model.variant == "sd3.5_large"
+            and layers <= MEDIUM_LAYERS.layers
+            and not setup.turbo
+        ):
             yield warning(
                 "slg large",
-                f"Layers {', '.join(map(str, sorted(layers)))} are SD3.5 Medium's; on Large they "
+                f"Layers {layers_text(layers)} are SD3.5 Medium's; on Large they "
                 "do nothing good, and users report ruined pictures. Remove the node, or look for "
                 "layers with SD3.5 Skip Layer Sweep.",
             )
         cfg = setup.sampling.cfg
-        if variant == "sd3.5_medium" and cfg is not None and cfg > 6:
+        if cfg is not None and cfg > setup.fits.cfg_with_skips:
             yield warning(
                 "slg cfg",
                 f"cfg is {cfg:g} and Skip Layer Guidance adds to it; Medium was made for cfg 4 "
@@ -167,12 +177,11 @@ def _skip_steps(setup: Setup, skip: Skip, layers: frozenset[int]) -> Iterator[Fi
     if steps is None:
         return
     if skip.stock:
-        levels = setup.levels
-        if levels is None:
+        if setup.sigmas is None:
             return
         window = (skip.start, skip.end, skip.frozen_shift)
-        acting = len(acting_steps(levels, *window, closed=True))
-        if acting == 0 or acting > 0.4 * steps:
+        acting = len(acting_steps(setup.sigmas, *window, closed=True))
+        if acting == 0 or acting > MOST_SKIPPED * steps:
             yield warning(
                 "slg steps",
                 f"ComfyUI's own skip-layer node goes by noise level: with {steps} steps of "

@@ -1,0 +1,30 @@
+"""This pack's own nodes: ids, names and orders that the nodes and the reading of workflows share.
+
+None of them changes once it was published: workflows hold them.
+"""
+
+from __future__ import annotations
+
+LOADER, ALIAS = "SD35Loader", "SD35ModelLoader"
+"""Our loader's id, which RES4LYF's has as well, and the one under which ours is there too."""
+CHECK, SAMPLER, SWEEP = "SD35Check", "SD35Sampler", "SD35SkipLayerSweep"
+SKIP, STEP_CACHE = "SkipLayerGuidance", "SD35StepCache"
+NAMES = {
+    LOADER: "SD3.5 Loader",
+    ALIAS: "SD3.5 Loader (beside RES4LYF)",
+    SKIP: "Skip Layer Guidance (SD3.5)",
+    SAMPLER: "DPM++ 2M Shift Sampler (SD3.5)",
+    "SD35Sigmas": "SD3.5 Sigmas",
+    "SD35ControlNetLoader": "SD3.5 ControlNet Loader",
+    "SD35ControlNetApply": "SD3.5 ControlNet Apply",
+    "SD35ControlHint": "SD3.5 Control Hint",
+    STEP_CACHE: "SD3.5 Step Cache (approximate)",
+    SWEEP: "SD3.5 Skip Layer Sweep",
+    "SD35Quantize": "SD3.5 Quantize",
+    CHECK: "SD3.5 Check",
+}
+"""Id -> what stands on the node."""
+NEED_OUR_MODEL = (SKIP, STEP_CACHE, SWEEP)
+"""Nodes that work with a model from SD3.5 Loader alone."""
+CHECK_OUTPUTS = ("model", "positive", "negative", "latent")
+"""Inputs of SD35Check that come out again, in this order."""
