@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sd35_core.workflow.own_nodes import NAMES
 from tools import contract
 from tools import host as hosts
 
@@ -31,6 +32,12 @@ def changed(change: Change) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def given(nodes: dict[str, Any], node: str, key: str) -> dict[str, Any]:
     return next(each for each in nodes[node]["inputs"] if each["id"] == key)
+
+
+def test_the_nodes_that_are_served_are_those_of_the_table(server: hosts.Server) -> None:
+    info = hosts.call(server.url, "/object_info")
+    ours = {key: node for key, node in info.items() if node["category"].startswith("SD3.5")}
+    assert {key: node["display_name"] for key, node in ours.items()} == NAMES
 
 
 def test_nothing_that_landed_has_changed(served: dict[str, Any]) -> None:
