@@ -1,37 +1,53 @@
-"""Draw without a host: captions in, pictures out. For small models, training and tests."""
+"""Draw without a host: captions in, pictures out. For small models, training and tests.
+
+    python -m sd35_core.pipeline sample RUN --prompt "a big owl" --out owl.png
+
+RUN is the folder of a training, or a small model's file.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checkpoint.layouts import under
 from .checkpoint.loading import fill, load
-from .checkpoint.tensor_file import TensorFile
-from .encoders.autoencoder import TinyAutoencoder
+from .checkpoint.tensor_file import TensorFile, metadata_of
+from .encoders.autoencoder import Autoencoder, PixelSpace, TinyAutoencoder
+from .encoders.described import T5, Encoder, load_encoders
+from .encoders.t5 import PAD, padded_t5, t5_tokenizer, with_t5
 from .encoders.text_encoder import (
-    SAVED,
+    KINDS,
+    LENGTH,
     ClipTextModel,
     Tokenize,
-    check_encoder,
-    encoder_configs,
     joined_encodings,
     padded_tokens,
+    tokenizer,
 )
+from .errors import CheckpointError, SD35Error, SettingError
 from .network.controlnet import ControlNetEmbedder
-from .network.latent import LATENT_CHANNELS, PIXELS, from_model
+from .network.latent import from_model
 from .network.mmditx import MMDiTX, Twin
 from .sampling.guidance import SkipLayers, away_from_skipped, guided, step_of
 from .sampling.samplers import SAMPLERS, Denoise
-from .sampling.schedules import make_sigmas
+from .sampling.schedules import SCHEDULES, make_sigmas
 from .sampling.step_cache import PACES, StepCache
+from .whole_file import free_name, write_picture
 
 BATCH = 16
+STATE, MODEL = "state.safetensors", "model.safetensors"
+"""In the folder of a training."""
 NO_SKIPPING = SkipLayers(frozenset(), 0, 0, 0)
 
 
@@ -54,41 +70,76 @@ class Settings:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A network with its text encoders (clip_l, clip_g) and its VAE, and CLIP's tokenizer.
+    """A network with its text encoders (clip_l, clip_g, perhaps t5xxl), its VAE and tokenizers.
 
     With a `control`, pictures are steered by hints.
     """
 
     network: MMDiTX
-    encoders: Mapping[str, ClipTextModel]
-    autoencoder: TinyAutoencoder
+    encoders: Mapping[str, Encoder]
+    autoencoder: Autoencoder
     tokenize: Tokenize
     control: ControlNetEmbedder | None = None
+    tokens: int = LENGTH
+    """Of a prompt, as many of CLIP's as the network was trained with."""
+    tokenize_t5: Tokenize | None = None
 
     @classmethod
-    def load(cls, path: Path, tokenize: Tokenize) -> Pipeline:
-        """From a single file, in fp32. Raises CheckpointError for a file without all the parts."""
-        encoders = load_encoders(path)
-        return cls(load(path, dtype=torch.float32), encoders, load_vae(path), tokenize)
+    def load(cls, path: Path, tokenize: Tokenize, tokenize_t5: Tokenize | None = None) -> Pipeline:
+        """From a single file, in fp32; T5, if it is there, where its tokenizer is given.
+
+        Raises CheckpointError for a file without all the parts.
+        """
+        file = TensorFile(path)
+        said, encoders = description(file.metadata), load_encoders(file)
+        if tokenize_t5 is None:
+            encoders.pop(T5, None)
+        pixels, tokens = said.get("pixels"), said.get("prompt_tokens")
+        autoencoder = PixelSpace(pixels) if pixels in (1, 3) else load_vae(path)
+        network = load(path, dtype=torch.float32)
+        if autoencoder.channels != network.config.in_channels:
+            raise CheckpointError(
+                f"'{path.name}' draws {network.config.in_channels} channels, and its VAE has "
+                f"{autoencoder.channels}. Use the file as it came."
+            )
+        tokens = tokens if type(tokens) is int and 2 <= tokens <= LENGTH else LENGTH
+        return cls(network, encoders, autoencoder, tokenize, tokens=tokens, tokenize_t5=tokenize_t5)
 
     @property
     def device(self) -> torch.device:
         return self.network.x_embedder.proj.weight.device
 
     def encode(self, captions: list[str], without: str = "") -> tuple[Tensor, Tensor]:
-        """Context (B, 77, 4096) and pooled (B, width) of the captions.
+        """Context (B, 77, 4096), with T5 longer, and pooled (B, width) of the captions.
 
-        `without` names a text encoder, clip_l or clip_g, whose output is replaced by zeros.
+        `without` names a text encoder: clip_l or clip_g, whose output is replaced by zeros, or
+        t5xxl, whose tokens are left out.
         """
         ids = [self.tokenize(caption) for caption in captions]
         encoded = []
-        for name, encoder in self.encoders.items():
+        for name in KINDS:
+            encoder = self.encoders[name]
+            assert isinstance(encoder, ClipTextModel)
             tokens = torch.tensor(
-                [padded_tokens(row, encoder.config) for row in ids], device=self.device
+                [padded_tokens(row, encoder.config)[: self.tokens] for row in ids],
+                device=self.device,
             )
             hidden, pooled = encoder(tokens)
             encoded.append((0 * hidden, 0 * pooled) if name == without else (hidden, pooled))
-        return joined_encodings(encoded, self.network.config.context_dim)
+        context, pooled = joined_encodings(encoded, self.network.config.context_dim)
+        if T5 in self.encoders and self.tokenize_t5 is not None and without != T5:
+            ids = [padded_t5(self.tokenize_t5(caption)) for caption in captions]
+            longest = max(map(len, ids))
+            tokens = [row + [PAD] * (longest - len(row)) for row in ids]
+            context = with_t5(context, self.encoders[T5](torch.tensor(tokens, device=self.device)))
+        return context, pooled
+
+    def noise(self, seed: int, size: tuple[int, int]) -> Tensor:
+        """(1, C, H, W) for a picture of so many pixels, as a host makes it: on the CPU from the
+        seed alone."""
+        width, height = (side // self.autoencoder.cell for side in size)
+        shape = (1, self.network.config.in_channels, height, width)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
     def draw(
@@ -109,7 +160,7 @@ class Pipeline:
         for start in range(0, len(captions), BATCH):
             part = captions[start : start + BATCH]
             seeds_of_part = seeds[start : start + BATCH]
-            noise = torch.cat([noise_of(seed, settings.size) for seed in seeds_of_part])
+            noise = torch.cat([self.noise(seed, settings.size) for seed in seeds_of_part])
             context, y = self.encode([*part, *[settings.negative] * len(part)], settings.without)
             hint = None if hints is None else hints[start : start + BATCH].to(self.device)
             denoise = partial(self.denoised, settings=settings, sigmas=sigmas, hint=hint)
@@ -173,27 +224,6 @@ def paced(denoise: Denoise, settings: Settings, sigmas: Tensor) -> Denoise:
     return denoised
 
 
-def noise_of(seed: int, size: tuple[int, int]) -> Tensor:
-    """(1, 16, H / 8, W / 8), as a host makes it: on the CPU from the seed alone."""
-    shape = (1, LATENT_CHANNELS, size[1] // PIXELS, size[0] // PIXELS)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def load_encoders(path: Path) -> dict[str, ClipTextModel]:
-    """The text encoders of a small model's file, in fp32, not for training.
-
-    Raises CheckpointError for a file without them.
-    """
-    file, encoders = TensorFile(path), {}
-    saved = file.get(SAVED)
-    for name, config in encoder_configs(file.metadata, path.name, saved).items():
-        tensors = under(file, f"text_encoders.{name}.transformer.")
-        check_encoder(tensors, config, f"The text encoder {name} in '{path.name}'")
-        encoder = encoders[name] = ClipTextModel(config).requires_grad_(False).eval()
-        fill(encoder, tensors, path.name, f"the text encoder {name}")
-    return encoders
-
-
 def load_vae(path: Path) -> TinyAutoencoder:
     """A VAE in TAESD's layout, from a file of its own or out of a checkpoint, in fp32.
 
@@ -204,3 +234,85 @@ def load_vae(path: Path) -> TinyAutoencoder:
     vae = TinyAutoencoder().requires_grad_(False).eval()
     fill(vae, tensors, path.name, "the VAE")
     return vae
+
+
+def description(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a small model's file says of itself in its metadata `sd35_config`."""
+    try:
+        said = json.loads(metadata.get("sd35_config", "{}"))
+    except (RecursionError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def draw_prompts(options: argparse.Namespace) -> Path:
+    """Draw the prompts and save them, one below the other; where. Raises SD35Error, OSError."""
+    from PIL import Image
+
+    folder = options.run if options.run.is_dir() else options.run.parent
+    path = options.run / MODEL if options.run.is_dir() else options.run
+    said = json.loads(metadata_of(folder / STATE).get("config", "{}"))
+    words = options.tokenizer or said.get("tokenizer")
+    if not words:
+        raise SettingError(
+            "Name a folder with CLIP's tokenizer with --tokenizer. ComfyUI has one, "
+            "comfy/sd1_tokenizer."
+        )
+    t5 = options.tokenizer_t5 or said.get("tokenizer_t5")
+    tokenize_t5 = t5_tokenizer(Path(t5)) if t5 else None
+    pipeline = Pipeline.load(path, tokenizer(Path(words)), tokenize_t5)
+    settings = Settings(
+        options.steps, options.cfg, sampler=options.sampler, schedule=options.schedule,
+        shift=options.shift, negative=options.negative,
+        size=options.size or trained_size(TensorFile(path).metadata),
+    )  # fmt: skip
+    seeds = [options.seed + i for i in range(len(options.prompt))]
+    drawn = torch.cat(pipeline.draw(options.prompt, seeds, settings))
+    out = options.out or free_name(folder / "sample.png")
+    write_picture(out, Image.fromarray(drawn.numpy()), replace=False)
+    return out
+
+
+def trained_size(metadata: Mapping[str, str]) -> tuple[int, int]:
+    """Width and height that a small model's file says it was trained at, else those of Settings."""
+    size = description(metadata).get("size")
+    if not isinstance(size, list) or len(size) != 2 or any(s not in range(1, 2049) for s in size):
+        return Settings.size
+    return int(size[0]), int(size[1])
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """ "128x96" -> (128, 96)."""
+    width, _, height = text.partition("x")
+    return int(width), int(height)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(prog="python -m sd35_core.pipeline")
+    command = parser.add_subparsers(required=True).add_parser("sample", help="draw prompts")
+    command.add_argument("run", type=Path, help="the folder of a training, or a small model's file")
+    command.add_argument("--prompt", action="append", required=True, help="once for each picture")
+    command.add_argument("--out", type=Path, help="default: sample.png, in the folder")
+    command.add_argument("--size", type=size_of, metavar="WxH", help="default: as it was trained")
+    command.add_argument("--seed", type=int, default=0, help="the first picture's; then + 1 each")
+    command.add_argument("--steps", type=int, default=Settings.steps)
+    command.add_argument("--cfg", type=float, default=Settings.cfg)
+    command.add_argument("--shift", type=float, default=Settings.shift)
+    command.add_argument("--sampler", choices=list(SAMPLERS), default=Settings.sampler)
+    command.add_argument("--schedule", choices=list(SCHEDULES), default=Settings.schedule)
+    command.add_argument("--negative", default="", help="a negative prompt for all")
+    command.add_argument("--tokenizer", type=Path, help="a folder with CLIP's; default: the run's")
+    command.add_argument("--tokenizer-t5", type=Path, help="a folder with T5's, if it has one")
+    options = parser.parse_args(arguments)
+    log = logging.getLogger("sd35")
+    try:
+        log.info(f"wrote {draw_prompts(options)}")
+    except (SD35Error, OSError) as error:
+        log.error(str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

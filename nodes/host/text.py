@@ -17,8 +17,9 @@ from torch import Tensor
 from ...sd35_core.checkpoint.layouts import under
 from ...sd35_core.checkpoint.loading import shapes_of
 from ...sd35_core.checkpoint.tensor_file import StateDict, Tensors
-from ...sd35_core.encoders.text_encoder import (
+from ...sd35_core.encoders.described import (
     SAVED,
+    T5,
     check_encoder,
     encoder_configs,
     saved_description,
@@ -93,8 +94,8 @@ def clip_from(file: Tensors, paths: dict[str, str | None], disable_dynamic: bool
     for name, tensors in encoders.items():
         source = Path(paths[name] or file.path).name
         check_filled(shapes_of(tensors), f"The text encoder {name} in '{source}'")
-    widths = [sd[CLIP_MARK].numel() for sd in encoders.values() if CLIP_MARK in sd]
-    tiny = any(width < TINY for width in widths)
+    marks = [(tensors, MARKS[name][0]) for name, tensors in encoders.items()]
+    tiny = any(tensors[mark].numel() < TINY for tensors, mark in marks if mark in tensors)
     names = sorted({Path(path).name if path else file.path.name for path in paths.values()})
     with by_the_host(" or ".join(f"'{name}'" for name in names)):
         clip = (_tiny if tiny else _published)(encoders, file, disable_dynamic)
@@ -118,7 +119,7 @@ class _Target(NamedTuple):
 
 
 class TinySD3Clip(SD3ClipModel):
-    """The host's SD3 text path with CLIP encoders of other widths than the published ones."""
+    """The host's SD3 text path with encoders of other widths than the published ones."""
 
     def __init__(self, widths: dict[str, int], described: Tensor, **kwargs: Any):
         super().__init__(**kwargs)
@@ -134,15 +135,18 @@ class TinySD3Clip(SD3ClipModel):
                 hidden.append(torch.zeros(1, 77, self.widths[name], device=device))
                 pooled.append(torch.zeros(1, self.widths[name], device=device))
             else:
-                tokens, summary = encoder.encode_token_weights(token_weight_pairs[name[-1]])
+                parts = token_weight_pairs[name[-1]]
+                if T5 in self.widths:  # the model was trained so: what follows is T5's to read
+                    parts = parts[:1]
+                tokens, summary = encoder.encode_token_weights(parts)
                 hidden.append(tokens)
                 pooled.append(summary)
         length = max(part.shape[1] for part in hidden)
         context = torch.cat([F.pad(p, (0, 0, 0, length - p.shape[1])) for p in hidden], dim=-1)
         context = F.pad(context, (0, CONTEXT_WIDTH - context.shape[-1]))
         if self.t5xxl is not None:
-            t5 = self.t5xxl.encode_token_weights(token_weight_pairs["t5xxl"])[0]
-            context = torch.cat([context, t5], dim=-2)
+            read = self.t5xxl.encode_token_weights(token_weight_pairs[T5])[0]
+            context = torch.cat([context, F.pad(read, (0, CONTEXT_WIDTH - read.shape[-1]))], dim=-2)
         return context, torch.cat(pooled, dim=-1), {}
 
     def load_sd(self, sd: StateDict) -> Any:
@@ -160,10 +164,10 @@ def _tiny(encoders: dict[str, StateDict], file: Tensors, disable_dynamic: bool) 
     params = {
         "clip_l": "clip_l" in encoders,
         "clip_g": "clip_g" in encoders,
-        "t5": "t5xxl" in encoders,
-        "widths": {name: config["hidden_size"] for name, config in described.items()},
+        "t5": T5 in encoders,
+        "widths": {name: config.size[0] for name, config in configs.items()},
         "described": saved_description(configs),
-        **(t5_xxl_detect(encoders["t5xxl"]) if "t5xxl" in encoders else {}),
+        **(t5_xxl_detect(encoders[T5]) if T5 in encoders else {}),
     }
     state = {
         f"{name}.transformer.{key}": tensor

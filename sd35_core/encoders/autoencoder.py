@@ -1,6 +1,7 @@
-"""A tiny autoencoder with 16 latent channels, in the layout of TAESD (Ollin Boer Bohan, 2023).
+"""Between pictures and what the network takes: a tiny autoencoder, or the pixels themselves.
 
-ComfyUI's own VAE class reads its files. 2.5 million parameters; 8 pixels a latent cell.
+The autoencoder has 16 latent channels and the layout of TAESD (Ollin Boer Bohan, 2023), which
+ComfyUI's own VAE class reads. 2.5 million parameters; 8 pixels a latent cell.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..network.latent import LATENT_CHANNELS
+from ..network.latent import LATENT_CHANNELS, PIXELS, from_model, to_model
 
 WIDTH = 64
 
@@ -52,8 +53,11 @@ def _up(blocks: int) -> list[nn.Module]:
 class TinyAutoencoder(nn.Module):
     """Pictures (B, 3, H, W) in 0..1 <-> latents (B, 16, H/8, W/8) on the VAE's side."""
 
+    cell = PIXELS
+
     def __init__(self, channels: int = LATENT_CHANNELS) -> None:
         super().__init__()
+        self.channels = channels
         self.taesd_encoder = nn.Sequential(
             _conv(3, WIDTH), Block(), *_down(), *_down(), *_down(), _conv(WIDTH, channels)
         )
@@ -69,3 +73,25 @@ class TinyAutoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.taesd_decoder((latents - self.vae_shift) * self.vae_scale)
+
+
+class PixelSpace(nn.Module):
+    """The same for a model without a VAE: latents (B, channels, H, W) are the pixels, which the
+    network sees from -1 to 1. One channel is grey."""
+
+    cell = 1
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        if self.channels == 1:
+            pictures = pictures.mean(dim=1, keepdim=True)
+        return from_model(2 * pictures - 1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return (to_model(latents).expand(-1, 3, -1, -1) + 1) / 2
+
+
+Autoencoder = TinyAutoencoder | PixelSpace

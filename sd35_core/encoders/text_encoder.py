@@ -6,8 +6,7 @@ end token, after the final norm, and for CLIP-G projected. Keys are Hugging Face
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,15 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint.loading import check_tensors, shapes_of
-from ..errors import CheckpointError, SettingError
-from ..limits import DESCRIPTION, TEXT_HEADS, TEXT_LAYERS, TEXT_WIDTH, Limit, bounded, counted
+from ..errors import SettingError
 
 START, END = 49406, 49407
 VOCABULARY = 49408
 LENGTH = 77
-PROJECTION = "text_projection.weight"
-"""Of CLIP-G's summary; other files of CLIP-L do without."""
 
 
 @dataclass(frozen=True)
@@ -58,77 +53,6 @@ def clip_g(width: int, heads: int, layers: int) -> ClipConfig:
 
 KINDS: dict[str, Callable[[int, int, int], ClipConfig]] = {"clip_l": clip_l, "clip_g": clip_g}
 """SD3.5's two, in the order in which their outputs are joined: (width, heads, layers) -> config."""
-
-SIZES: dict[str, Limit] = {
-    "hidden_size": TEXT_WIDTH,
-    "num_attention_heads": TEXT_HEADS,
-    "num_hidden_layers": TEXT_LAYERS,
-}
-
-
-SAVED = "text_encoders.sd35_config"
-"""The tensor of a file that holds its description as bytes: hosts that save a model keep tensors,
-and no metadata."""
-
-
-def saved_description(configs: Mapping[str, ClipConfig]) -> Tensor:
-    """The bytes of `SAVED`, uint8 (N,)."""
-    sizes = {name: dict(zip(SIZES, config.size)) for name, config in configs.items()}
-    return torch.tensor(list(json.dumps({"text_encoders": sizes}).encode()), dtype=torch.uint8)
-
-
-def encoder_configs(
-    metadata: Mapping[str, str], source: str, saved: Tensor | None = None
-) -> dict[str, ClipConfig]:
-    """How a small model's text encoders are built, from its file's metadata or its `SAVED`.
-
-    Raises CheckpointError when that says nothing of them, or sizes beyond `limits`.
-    """
-    try:
-        text = metadata.get("sd35_config", "{}")
-        if "sd35_config" not in metadata and saved is not None and saved.dtype == torch.uint8:
-            bounded(DESCRIPTION, saved.numel(), f"'{source}'")
-            text = bytes(saved.flatten().tolist()).decode()
-        described = json.loads(text).get("text_encoders", {})
-        sizes = {name: tuple(described[name][size] for size in SIZES) for name in described}
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        sizes = {}
-    if sizes.keys() != KINDS.keys():
-        raise CheckpointError(
-            f"'{source}' does not say in its metadata 'sd35_config' how its text encoders are "
-            f"built: it describes {', '.join(sizes) or 'none'}, needed are {' and '.join(KINDS)}, "
-            f"each with {', '.join(SIZES)}. Use the file as it came."
-        )
-    configs: dict[str, ClipConfig] = {}
-    for name, kind in KINDS.items():
-        said = f"'{source}', 'sd35_config' of {name}"
-        width, heads, layers = (
-            bounded(limit, size, said) for limit, size in zip(SIZES.values(), sizes[name])
-        )
-        if width % heads:
-            raise CheckpointError(
-                f"{said}: {heads} heads can't share a width of {width} evenly. Use the file as it "
-                "came."
-            )
-        configs[name] = kind(width, heads, layers)
-    return configs
-
-
-def check_encoder(tensors: Mapping[str, Tensor], config: ClipConfig, source: str) -> None:
-    """Raise CheckpointError unless the tensors, under Hugging Face's keys, are an encoder's of this
-    configuration. What a configuration alone asks for is never built."""
-    layers = counted(tensors, "text_model.encoder.layers", TEXT_LAYERS, source)
-    if layers != config.num_hidden_layers:
-        raise CheckpointError(
-            f"{source} has {layers} layers, the metadata 'sd35_config' describes "
-            f"{config.num_hidden_layers}. Use the file as it came."
-        )
-    with torch.device("meta"):
-        expected = dict(shapes_of(ClipTextModel(config).state_dict()))
-    if not config.projected and PROJECTION not in tensors:
-        del expected[PROJECTION]
-    check_tensors(tensors, expected, "text encoder as 'sd35_config' describes it", source)
-
 
 Tokenize = Callable[[str], list[int]]
 """Words -> token ids, without start, end and padding."""

@@ -10,13 +10,16 @@ from typing import Any
 
 from ..checkpoint.tensor_file import metadata_of
 from ..errors import SettingError
+from ..limits import PATCH, bounded
 from ..network.config import CONTEXT_WIDTH, MMDiTXConfig
 from ..network.controlnet import CONTROL_TYPES
+from ..network.latent import LATENT_CHANNELS, PIXELS
+from ..pipeline import MODEL, STATE
 from .dataset import Size
 
 TO_BE_TRAINED = "what is to be trained"
-STATE, MODEL, SAMPLES = "state.safetensors", "model.safetensors", "samples"
-"""What is in a run's folder."""
+SAMPLES = "samples"
+"""The folder in a run's with pictures on the way."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,16 @@ class TrainingConfig:
     sizes: tuple[Size, ...] = ((128, 128),)
     """The sizes, (width, height) in pixels, to which `images` are brought."""
     vae: str = ""
-    """A file with a VAE in TAESD's layout, alone or in a checkpoint; `images` need it."""
+    """A file with a VAE in TAESD's layout, alone or in a checkpoint; `images` need it, or
+    `pixels`."""
+    pixels: int = 0
+    """Instead of `vae`: draw the pixels themselves, 1 for grey ones, 3 for coloured ones."""
+    patch: int = 2
+    """The side of what becomes a token, in cells of the VAE or in pixels."""
     tokenizer: str = ""
     """A folder with CLIP's vocab.json and merges.txt; `images` and `samples` need it."""
+    tokenizer_t5: str = ""
+    """A folder with T5's tokenizer.json (ComfyUI's comfy/text_encoders/t5_tokenizer), for T5."""
     text_encoders: str = ""
     """A checkpoint whose text encoders are used as they are; without it they are trained along."""
     start: str = ""
@@ -46,6 +56,8 @@ class TrainingConfig:
     clip_l: tuple[int, int, int] = (48, 3, 3)
     clip_g: tuple[int, int, int] = (64, 4, 3)
     """Width, heads and layers of the text encoders that are trained along."""
+    t5xxl: tuple[int, ...] = ()
+    """The same of a third one, T5, which reads whole captions; none if empty."""
     controlnet: str = ""
     """blur, canny or depth: train a ControlNet for the model in `start`, which stays as it is.
     Its hints are made from the pictures; depth maps lie beside them as NAME.depth.png."""
@@ -59,14 +71,17 @@ class TrainingConfig:
     ema: float = 0.999
     caption_dropout: float = 0.1
     encoder_dropout: float = 0.08
-    """The share of captions, and of each text encoder's outputs, that a step goes without."""
+    """The share of captions, and of each CLIP's outputs, that a step goes without, and of steps
+    that go without T5."""
     shift: float = 1.0
     """Above 1, more of the timesteps are near the noise."""
     random_crops: float = 0.0
     """The share of examples that see a random crop of the position table, not its centre: what
     is learned at one size then holds at others (Stability AI trained SD3.5 Medium so)."""
     prompt_tokens: int = 77
-    """Cut prompts after so many tokens: faster, for captions that are never longer."""
+    """Cut prompts after so many of CLIP's tokens: faster, for captions that are never longer."""
+    t5_tokens: int = 77
+    """Pad prompts to so many of T5's tokens; longer ones stay as they are."""
     clip_norm: float = 1.0
     weight_decay: float = 0.01
     bf16: bool = True
@@ -75,9 +90,14 @@ class TrainingConfig:
     seed: int = 0
     save_every: int = 500
     samples: tuple[str, ...] = ()
-    """Captions to draw with every checkpoint; needs `vae` and `tokenizer`."""
+    """Captions to draw with every checkpoint; needs `vae` or `pixels`, and `tokenizer`."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Written into the finished checkpoint."""
+
+    @property
+    def cell(self) -> int:
+        """Pixels of a latent cell, each way."""
+        return 1 if self.pixels else PIXELS
 
     @property
     def network(self) -> MMDiTXConfig:
@@ -89,6 +109,8 @@ class TrainingConfig:
             pos_embed_max_size=self.pos_embed_max_size,
             qk_norm=True,
             dual_blocks=tuple(range(self.dual_blocks)),
+            in_channels=self.pixels or LATENT_CHANNELS,
+            patch_size=self.patch,
         )
 
 
@@ -96,7 +118,7 @@ WORDS = {
     str: "a text", bool: "true or false", int: "a whole number", float: "a number",
     tuple: "a list", dict: "a table",
 }  # fmt: skip
-PATHS = ("output", "images", "vae", "tokenizer", "text_encoders", "start")
+PATHS = ("output", "images", "vae", "tokenizer", "tokenizer_t5", "text_encoders", "start")
 TEXTS = ("examples", "samples")
 
 
@@ -145,20 +167,30 @@ def read_config(path: Path) -> TrainingConfig:
     config = TrainingConfig(**values)
     if bool(config.images) == bool(config.examples):
         raise SettingError(f"'{path.name}' needs either 'images' or 'examples'.")
+    if config.pixels not in (0, 1, 3) or (config.pixels and (config.vae or config.controlnet)):
+        raise SettingError(
+            f"'{path.name}': pixels is {config.pixels}; it can be 1 (grey) or 3 (colours), without "
+            "a VAE and without a ControlNet."
+        )
+    bounded(PATCH, config.patch, f"'{path.name}', patch")
+    token = config.cell * config.patch
     for size in config.sizes:
         numbers = isinstance(size, tuple) and all(isinstance(side, int) for side in size)
-        if not numbers or len(size) != 2 or any(side % 16 or side <= 0 for side in size):
+        if not numbers or len(size) != 2 or any(side % token or side <= 0 for side in size):
             raise SettingError(
                 f"'{path.name}': sizes has {size}; a size is a width and a height in pixels, "
-                "multiples of 16, such as [128, 96]."
+                f"multiples of {token}, such as {[8 * token, 6 * token]}."
             )
     if config.controlnet:
         check_controlnet(config, path.name)
-    needs = ["vae", "tokenizer"] if config.images or config.samples else []
-    for name in needs:
-        if not getattr(config, name):
+    if config.images or config.samples:
+        given = {"vae": config.vae or config.pixels, "tokenizer": config.tokenizer}
+        if config.t5xxl:
+            given["tokenizer_t5"] = config.tokenizer_t5
+        lacking = [name for name, value in given.items() if not value]
+        if lacking:
             why = "images" if config.images else "samples"
-            raise SettingError(f"'{path.name}': '{why}' needs the key '{name}' too.")
+            raise SettingError(f"'{path.name}': '{why}' needs the key '{lacking[0]}' too.")
     return config
 
 

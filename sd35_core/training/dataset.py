@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.tensor_file import read_file
-from ..encoders.autoencoder import TinyAutoencoder
+from ..encoders.autoencoder import Autoencoder
 from ..encoders.hints import made_hint, vae_input
+from ..encoders.t5 import PAD, SHORTEST, padded_t5
 from ..encoders.text_encoder import KINDS, Tokenize, padded_tokens
 from ..errors import SettingError
 
 Examples = dict[str, Tensor]
-"""latents (N, 16, H, W) fp16 on the VAE's scale; tokens_l and tokens_g (N, 77) int32, and
-tokens_l_empty and tokens_g_empty (77,), the caption without words."""
+"""latents (N, C, H, W) fp16 on the VAE's scale; tokens_l and tokens_g (N, 77) int32, and
+tokens_l_empty and tokens_g_empty (77,), the caption without words; tokens_t5 (N, L) and
+tokens_t5_empty (L,) where T5 reads too."""
 
 Size = tuple[int, int]
 DEPTH = ".depth.png"
@@ -26,9 +28,10 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 def read_folder(
     folder: Path,
     sizes: list[Size],
-    autoencoder: TinyAutoencoder,
+    autoencoder: Autoencoder,
     tokenize: Tokenize,
     controlnet: str = "",
+    tokenize_t5: Tokenize | None = None,
 ) -> list[Examples]:
     """All pictures in a folder, each with the caption in the .txt file of the same name.
 
@@ -63,7 +66,7 @@ def read_folder(
             hints[size].append(encoded_hint(autoencoder, hint_of(path, pixels, size, controlnet)))
         captions[size].append(path.with_suffix(".txt").read_text(encoding="utf-8").strip())
     return [
-        {"latents": torch.cat(latents[size]), **tokens_of(captions[size], tokenize)}
+        {"latents": torch.cat(latents[size]), **tokens_of(captions[size], tokenize, tokenize_t5)}
         | ({"hints": torch.cat(hints[size])} if controlnet else {})
         for size in latents
     ]
@@ -98,32 +101,46 @@ def read_picture(path: Path, sizes: list[Size]) -> tuple[Tensor, Size]:
     return values.view(size[1], size[0], 3).permute(2, 0, 1), size
 
 
-def encoded_picture(autoencoder: TinyAutoencoder, pictures: Tensor) -> Tensor:
-    """(B, 3, H, W) uint8 -> (B, 16, H / 8, W / 8) fp16, on the VAE's scale."""
+def encoded_picture(autoencoder: Autoencoder, pictures: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 -> latents, (B, 16, H / 8, W / 8) of a VAE, fp16, on its scale."""
     return _latents(autoencoder, pictures.float() / 255)
 
 
-def encoded_hint(autoencoder: TinyAutoencoder, seen: Tensor) -> Tensor:
+def encoded_hint(autoencoder: Autoencoder, seen: Tensor) -> Tensor:
     """The same of what the VAE sees of hints, (B, H, W, 3), -1 being black and 1 white."""
     return _latents(autoencoder, (seen.movedim(-1, 1) + 1) / 2)
 
 
 @torch.no_grad()
-def _latents(autoencoder: TinyAutoencoder, image: Tensor) -> Tensor:
+def _latents(autoencoder: Autoencoder, image: Tensor) -> Tensor:
     image = image.contiguous(memory_format=torch.channels_last)
     with torch.autocast(image.device.type, torch.bfloat16):
         return autoencoder.encode(image).contiguous().half()
 
 
-def tokens_of(captions: list[str], tokenize: Tokenize) -> Examples:
-    """Padded ids of both encoders, and those of the caption without words."""
+def tokens_of(
+    captions: list[str], tokenize: Tokenize, tokenize_t5: Tokenize | None = None
+) -> Examples:
+    """Padded ids of both CLIPs, and of T5 where its tokenizer is given, and those of the caption
+    without words."""
     ids = [tokenize(caption) for caption in ["", *captions]]
     tensors = {}
     for name, kind in KINDS.items():
         rows = torch.tensor([padded_tokens(row, kind(1, 1, 1)) for row in ids], dtype=torch.int32)
         key = name.replace("clip", "tokens")
         tensors |= {key: rows[1:].clone(), f"{key}_empty": rows[0].clone()}
+    if tokenize_t5 is not None:
+        ids = [padded_t5(tokenize_t5(caption), 0) for caption in ["", *captions]]
+        longest = max(SHORTEST, *map(len, ids))
+        rows = torch.tensor([row + [PAD] * (longest - len(row)) for row in ids], dtype=torch.int32)
+        tensors |= {"tokens_t5": rows[1:].clone(), "tokens_t5_empty": rows[0].clone()}
     return tensors
+
+
+def read_by_t5(tokens: Tensor, least: int) -> Tensor:
+    """Token ids (B, L) without the padding that all rows have, but for `least`."""
+    used = (tokens != PAD).any(dim=0).nonzero()
+    return tokens[:, : max(least, int(used.max()) + 1 if len(used) else 0)]
 
 
 def read_examples_file(path: str) -> Examples:

@@ -19,15 +19,18 @@ from torch import Tensor, nn
 
 from ..checkpoint.layouts import under
 from ..checkpoint.loading import fill, load
-from ..checkpoint.tensor_file import read_file, write_file
+from ..checkpoint.tensor_file import TensorFile, read_file, write_file
+from ..encoders.autoencoder import PixelSpace
+from ..encoders.described import load_encoders
+from ..encoders.t5 import t5_tokenizer
 from ..encoders.text_encoder import tokenizer
 from ..errors import SettingError
 from ..network.controlnet import CONTROL_TYPES
 from ..network.latent import to_model
-from ..pipeline import Pipeline, Settings, load_encoders, load_vae
+from ..pipeline import MODEL, STATE, Pipeline, Settings, load_vae
 from ..whole_file import sweep, write_picture
-from .config import MODEL, SAMPLES, STATE, TO_BE_TRAINED, TrainingConfig, check_output
-from .dataset import Examples, read_examples_file, read_folder
+from .config import SAMPLES, TO_BE_TRAINED, TrainingConfig, check_output
+from .dataset import Examples, Size, read_by_t5, read_examples_file, read_folder
 from .objective import crops, draw_timesteps, flow_loss
 from .trained import Trained
 
@@ -42,12 +45,16 @@ class Run:
 
     def __init__(self, config: TrainingConfig):
         check_output(Path(config.output))
-        encoders = load_encoders(Path(config.text_encoders)) if config.text_encoders else {}
+        encoders = load_encoders(TensorFile(config.text_encoders)) if config.text_encoders else {}
         sizes = {name: encoder.config.size for name, encoder in encoders.items()}
         self.config = config = replace(config, **sizes)
         self.device = torch.device(config.device if config.device != "auto" else best_device())
-        self.vae = load_vae(Path(config.vae)) if config.vae else None
+        self.vae = PixelSpace(config.pixels) if config.pixels else None
+        if config.vae:
+            self.vae = load_vae(Path(config.vae))
         self.tokenize = tokenizer(Path(config.tokenizer)) if config.tokenizer else None
+        t5 = config.t5xxl and config.tokenizer_t5
+        self.tokenize_t5 = t5_tokenizer(Path(config.tokenizer_t5)) if t5 else None
         self.groups = self.read_examples()
         torch.manual_seed(config.seed)
         self.model = Trained(config)
@@ -81,18 +88,27 @@ class Run:
         else:
             assert self.vae is not None and self.tokenize is not None, "read_config sees to it"
             groups = read_folder(
-                Path(config.images), list(config.sizes), self.vae, self.tokenize, config.controlnet
-            )
+                Path(config.images), list(config.sizes), self.vae, self.tokenize,
+                config.controlnet, self.tokenize_t5,
+            )  # fmt: skip
+        if config.t5xxl and any("tokens_t5" not in group for group in groups):
+            raise SettingError("The examples have no tokens for T5 to read (tokens_t5).")
         if config.controlnet and any("hints" not in group for group in groups):
             raise SettingError("The examples have no hints to train a ControlNet with.")
-        cells = 2 * config.pos_embed_max_size
+        cells = config.patch * config.pos_embed_max_size
         largest = max(max(group["latents"].shape[2:]) for group in groups)
         if largest > cells:
             raise SettingError(
-                f"A picture is {8 * largest} pixels wide or high, but pos_embed_max_size "
-                f"{config.pos_embed_max_size} allows {8 * cells}."
+                f"A picture is {config.cell * largest} pixels wide or high, but "
+                f"pos_embed_max_size {config.pos_embed_max_size} allows {config.cell * cells}."
             )
         return groups
+
+    @property
+    def size(self) -> Size:
+        """Width and height in pixels of the first group."""
+        height, width = self.groups[0]["latents"].shape[2:]
+        return self.config.cell * width, self.config.cell * height
 
     @property
     def state_file(self) -> Path:
@@ -131,12 +147,17 @@ class Run:
             ids = examples[name][chosen, : config.prompt_tokens].long()
             ids[uncaptioned] = examples[f"{name}_empty"][: config.prompt_tokens].long()
             tokens.append(ids.to(self.device))
+        tokens_t5 = None
+        if config.t5xxl and torch.rand((), generator=generator) >= config.encoder_dropout:
+            ids = examples["tokens_t5"][chosen].long()
+            ids[uncaptioned] = examples["tokens_t5_empty"].long()
+            tokens_t5 = read_by_t5(ids, config.t5_tokens).to(self.device)
         x0, noise, sigma, kept = (t.to(self.device) for t in (x0, noise, sigma, kept))
         hint = None
         if self.model.controlnet is not None:
             hint = to_model(examples["hints"][chosen].float()).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
-            context, y = self.model.encode(*tokens, kept=kept)
+            context, y = self.model.encode(*tokens, kept=kept, tokens_t5=tokens_t5)
             return flow_loss(
                 self.model.diffusion_model,
                 x0,
@@ -215,13 +236,12 @@ class Run:
             return
         assert self.vae is not None and self.tokenize is not None, "read_config sees to it"
         model = self.averaged().to(self.device)
-        encoders = {"clip_l": model.clip_l, "clip_g": model.clip_g}
         captions = list(self.config.samples)
         pipeline = Pipeline(
-            model.diffusion_model, encoders, self.vae.to(self.device), self.tokenize
-        )
-        height, width = (8 * side for side in self.groups[0]["latents"].shape[2:])
-        drawn = pipeline.draw(captions, list(range(len(captions))), Settings(size=(width, height)))
+            model.diffusion_model, model.encoders, self.vae.to(self.device), self.tokenize,
+            tokens=self.config.prompt_tokens, tokenize_t5=self.tokenize_t5,
+        )  # fmt: skip
+        drawn = pipeline.draw(captions, list(range(len(captions))), Settings(size=self.size))
         file = Path(self.config.output) / SAMPLES / f"{self.step:06}.png"
         write_picture(file, Image.fromarray(torch.cat(drawn, dim=1).numpy()), replace=True)
 
@@ -238,9 +258,11 @@ class Run:
             return
         parts = {
             "model.diffusion_model.": model.diffusion_model.state_dict(),
-            "text_encoders.clip_l.transformer.": model.clip_l.state_dict(),
-            "text_encoders.clip_g.transformer.": model.clip_g.state_dict(),
-            "first_stage_model.": self.vae.state_dict() if self.vae else {},
+            **{
+                f"text_encoders.{name}.transformer.": encoder.state_dict()
+                for name, encoder in model.encoders.items()
+            },
+            "first_stage_model.": self.vae.state_dict() if self.config.vae and self.vae else {},
         }
         tensors = {
             prefix + key: tensor.half().cpu()
@@ -248,11 +270,11 @@ class Run:
             for key, tensor in part.items()
         }
         described = {
-            "text_encoders": {
-                "clip_l": model.clip_l.config.described(),
-                "clip_g": model.clip_g.config.described(),
-            },
+            "text_encoders": {n: e.config.described() for n, e in model.encoders.items()},
             "steps_trained": self.step,
+            "pixels": self.config.pixels,
+            "prompt_tokens": self.config.prompt_tokens,
+            "size": list(self.size),
             **self.config.metadata,
         }
         title = str(self.config.metadata.get("title", "a small SD3.5"))

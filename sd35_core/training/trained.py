@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..encoders.described import T5, Encoder
+from ..encoders.t5 import T5Config, T5Encoder, with_t5
 from ..encoders.text_encoder import ClipTextModel, clip_g, clip_l, joined_encodings
 from ..network.controlnet import ControlNetConfig, ControlNetEmbedder
 from ..network.layers import grid_positions
@@ -31,13 +33,16 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, context_tokens: int) -> Ten
 
 
 class Trained(nn.Module):
-    """All that learns: the network and both text encoders."""
+    """All that learns: the network and its text encoders."""
 
     def __init__(self, config: TrainingConfig):
         super().__init__()
         self.diffusion_model = MMDiTX(config.network, _Operations)
         self.clip_l = ClipTextModel(clip_l(*config.clip_l))
         self.clip_g = ClipTextModel(clip_g(*config.clip_g))
+        self.t5xxl: T5Encoder | None = None
+        if config.t5xxl:
+            self.t5xxl = T5Encoder(T5Config(*config.t5xxl))
         self.controlnet: ControlNetEmbedder | None = None
         if config.controlnet:
             hidden = config.network.hidden
@@ -45,6 +50,12 @@ class Trained(nn.Module):
                 "2b", config.controlnet_layers, hidden, hidden, config.controlnet
             )
             self.controlnet = ControlNetEmbedder(described, _Operations)
+
+    @property
+    def encoders(self) -> dict[str, Encoder]:
+        """By their names in SD3.5's files, in their order."""
+        found: dict[str, Encoder] = {"clip_l": self.clip_l, "clip_g": self.clip_g}
+        return found if self.t5xxl is None else {**found, T5: self.t5xxl}
 
     def initialise(self) -> None:
         """As in the paper: every adaLN and the final layer start at zero, so blocks are idle."""
@@ -61,8 +72,9 @@ class Trained(nn.Module):
                 nn.init.zeros_(parameter)
         used = self.clip_l.config.hidden_size + self.clip_g.config.hidden_size
         nn.init.normal_(network.context_embedder.weight, std=used**-0.5)
-        for encoder in (self.clip_l, self.clip_g):
-            encoder.initialise()
+        for encoder in (self.clip_l, self.clip_g, self.t5xxl):
+            if encoder is not None:
+                encoder.initialise()
 
     def steer(self) -> None:
         """Let the ControlNet alone learn: it begins as a copy of the base that changes nothing."""
@@ -83,13 +95,21 @@ class Trained(nn.Module):
                 nn.init.zeros_(parameter)
 
     def encode(
-        self, tokens_l: Tensor, tokens_g: Tensor, kept: Tensor | None = None
+        self,
+        tokens_l: Tensor,
+        tokens_g: Tensor,
+        kept: Tensor | None = None,
+        tokens_t5: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Context and pooled; kept: (2, B), 0 where an encoder's output is dropped."""
+        """Context and pooled; kept: (2, B), 0 where a CLIP's output is dropped."""
         encoded = [self.clip_l(tokens_l), self.clip_g(tokens_g)]
         if kept is not None:
             encoded = [
                 (hidden * keep[:, None, None], pooled * keep[:, None])
                 for (hidden, pooled), keep in zip(encoded, kept)
             ]
-        return joined_encodings(encoded, self.diffusion_model.config.context_dim)
+        width = self.diffusion_model.config.context_dim
+        context, pooled = joined_encodings(encoded, width)
+        if self.t5xxl is None or tokens_t5 is None:
+            return context, pooled
+        return with_t5(context, self.t5xxl(tokens_t5)), pooled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from sd35_core.checkpoint.tensor_file import TensorFile, write_file
+from sd35_core.encoders.t5 import T5Config, T5Encoder, t5_tokenizer
+from sd35_core.pipeline import Pipeline
+from tools import host as hosts
+from tools.nano.prepare import clip_tokenizer
 
 from ..conftest import NANO
 from ..unit.files import to_diffusers
@@ -93,6 +100,47 @@ def test_weighted_and_long_prompts_are_encoded(comfy: SimpleNamespace) -> None:
     assert plain.shape == weighted.shape == (1, 77, 4096)
     assert difference(weighted, plain) > 0
     assert encode(clip, "an avocado and " * 60)[0].shape == (1, 231, 4096)
+
+
+@pytest.fixture(scope="module")
+def with_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model with a T5 of random weights."""
+    torch.manual_seed(1)
+    t5 = T5Encoder(T5Config(48, 3, 2))
+    t5.initialise()
+    file = TensorFile(NANO)
+    described = json.loads(file.metadata["sd35_config"])
+    described["text_encoders"]["t5xxl"] = t5.config.described()
+    tensors = {f"text_encoders.t5xxl.transformer.{k}": t for k, t in t5.half().state_dict().items()}
+    path = tmp_path_factory.mktemp("t5") / "with_t5.safetensors"
+    write_file(path, {**file, **tensors}, {**file.metadata, "sd35_config": described})
+    return path
+
+
+@pytest.mark.parametrize("caption", ["", PROMPT, "an avocado and " * 60])
+def test_a_small_t5_reads_as_in_the_core(
+    comfy: SimpleNamespace, comfyui: hosts.Host, with_t5: Path, caption: str
+) -> None:
+    clip = comfy.text.clip_from(comfy.loading.read(with_t5), WHOLE)
+    assert comfy.text.names_in(clip) == ["clip_l", "clip_g", "t5xxl"]
+    words = t5_tokenizer(comfyui.folder / "comfy" / "text_encoders" / "t5_tokenizer")
+    expected, pooled = Pipeline.load(with_t5, clip_tokenizer(), words).encode([caption])
+    context, seen = encode(clip, caption)
+    assert difference(context, expected) < 1e-4 and difference(seen, pooled) < 1e-4
+    deaf = comfy.text.clip_from(comfy.loading.read(with_t5), {"clip_l": None, "clip_g": None})
+    assert torch.equal(encode(deaf, caption)[0], context[:, :77])
+
+
+def test_a_model_with_a_small_t5_is_saved_and_loaded_whole(
+    comfy: SimpleNamespace, with_t5: Path, tmp_path: Path
+) -> None:
+    file = comfy.loading.read(with_t5)
+    clip = comfy.text.clip_from(file, WHOLE)
+    model, vae = comfy.loading.model_from(file, "default"), comfy.loading.vae_from(file)
+    saved = tmp_path / "saved.safetensors"
+    comfy.sd.save_checkpoint(str(saved), model, clip, vae)
+    again = comfy.text.clip_from(comfy.loading.read(saved), WHOLE)
+    assert difference(encode(again, PROMPT)[0], encode(clip, PROMPT)[0]) < 1e-3
 
 
 def test_a_published_clip_l_goes_through_the_hosts_loader(

@@ -22,12 +22,13 @@ ROOMS = {
     "sampling": {"errors", "limits"},
     "checkpoint": {"errors", "limits", "network", "packing", "whole_file"},
     "encoders": {"checkpoint", "errors", "limits", "network"},
-    "pipeline": {"checkpoint", "encoders", "network", "sampling"},
+    "pipeline": {"checkpoint", "encoders", "errors", "network", "sampling", "whole_file"},
     "quantization": {
         *("checkpoint", "encoders", "errors", "network", "packing", "pipeline", "whole_file"),
     },
     "training": {
-        *("checkpoint", "encoders", "errors", "network", "pipeline", "sampling", "whole_file"),
+        *("checkpoint", "encoders", "errors", "limits", "network", "pipeline", "sampling"),
+        "whole_file",
     },
     "workflow": {"checkpoint", "errors", "limits", "network", "sampling", "words"},
 }
@@ -192,7 +193,7 @@ def is_text_without_encoding(call: ast.Call) -> bool:
 
 
 def sources() -> list[Path]:
-    folders = ("sd35_core", "nodes", "automation", "tools", "tests")
+    folders = ("sd35_core", "nodes", "automation", "examples", "tools", "tests")
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 

@@ -18,12 +18,16 @@ from safetensors.torch import save_file
 from sd35_core.checkpoint.loading import load
 from sd35_core.checkpoint.tensor_file import read_file
 from sd35_core.encoders.autoencoder import TinyAutoencoder
+from sd35_core.encoders.t5 import t5_tokenizer
 from sd35_core.encoders.text_encoder import END, START, tokenizer
-from sd35_core.errors import SettingError
+from sd35_core.errors import SD35Error, SettingError
+from sd35_core.pipeline import Pipeline
+from sd35_core.pipeline import main as draw
 from sd35_core.training.__main__ import main
 from sd35_core.training.config import read_config
 from sd35_core.training.dataset import read_folder, read_picture
 from sd35_core.training.run import Run
+from tools import host as hosts
 
 from .models import words_as_tokens
 
@@ -124,6 +128,69 @@ def test_the_program_trains_on_a_folder_and_writes_a_checkpoint(program: Path) -
     assert "text_encoders.clip_g.transformer.text_projection.weight" in tensors
     network = load(out / "model.safetensors").config
     assert network == read_config(program).network
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_it_learns_pixels_without_a_vae_and_draws_them(program: Path, channels: int) -> None:
+    text = program.read_text(encoding="utf-8")
+    text = text.replace("vae = 'vae.safetensors'", f"pixels = {channels}\npatch = 8")
+    program.write_text(text, encoding="utf-8")
+    assert main([str(program)]) == 0
+    out = program.parent / "run"
+    config = load(out / "model.safetensors").config
+    assert (config.in_channels, config.patch_size) == (channels, 8)
+    assert not any("first_stage" in key for key in read_file(out / "model.safetensors")[0])
+    command = ["sample", str(out), "--steps", "2"]
+    command += ["--prompt", "a red square", "--prompt", "a blue square"]
+    assert draw(command) == 0 and draw([*command, "--seed", "1"]) == 0
+    first, second = (Image.open(path) for path in sorted(out.glob("sample*.png")))
+    assert first.size in ((32, 64), (64, 64)) and first.tobytes() != second.tobytes()
+    red, green, blue = first.split()
+    assert (red.tobytes() == green.tobytes() == blue.tobytes()) == (channels == 1)
+
+
+def test_t5_reads_on_where_clip_ends(program: Path, comfyui: hosts.Host) -> None:
+    words = comfyui.folder / "comfy" / "text_encoders" / "t5_tokenizer"
+    text = program.read_text(encoding="utf-8").replace(
+        "[metadata]", "t5xxl = [24, 2, 2]\n[metadata]"
+    )
+    program.write_text(f"tokenizer_t5 = {str(words)!r}\n{text}", encoding="utf-8")
+    assert main([str(program)]) == 0
+    path, clip = program.parent / "run" / "model.safetensors", read_config(program).tokenizer
+    pipeline = Pipeline.load(path, tokenizer(Path(clip)), t5_tokenizer(words))
+    long = "a red square " * 30
+    short, whole = (pipeline.encode([caption])[0] for caption in ("a red square", long))
+    assert short.shape[1] == 77 + 77 and 77 + 90 < whole.shape[1] < 77 + 200
+    assert torch.equal(pipeline.encode([long], without="t5xxl")[0], whole[:, :77])
+    ends = (pipeline.encode([f"{long} {word}"])[0] for word in ("left", "right"))
+    first, second = ends
+    assert torch.equal(first[:, :77], second[:, :77]) and not torch.equal(first, second)
+    deaf = Pipeline.load(path, tokenizer(Path(clip)))
+    assert torch.equal(deaf.encode([long])[0], whole[:, :77]), "without T5's tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("pixels = 2", "pixels is 2; it can be 1"),
+        ("pixels = 1\nvae = 'vae.safetensors'", "without a VAE"),
+        ("pixels = 3\npatch = 5", r"multiples of 5, such as \[40, 30\]"),
+        ("patch = 1000", "the side of a patch"),
+        ("", "needs the key 'vae' too"),
+    ],
+)
+def test_pixels_that_can_not_be_are_refused(program: Path, change: str, said: str) -> None:
+    text = program.read_text(encoding="utf-8").replace("vae = 'vae.safetensors'", change)
+    program.write_text(text, encoding="utf-8")
+    with pytest.raises(SD35Error, match=said):
+        read_config(program)
+
+
+def test_drawing_says_what_is_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert draw(["sample", str(tmp_path), "--prompt", "a dog"]) == 1
+    assert "Name a folder with CLIP's tokenizer" in caplog.text
+    assert draw(["sample", str(tmp_path), "--prompt", "a", "--tokenizer", str(tmp_path)]) == 1
+    assert "lacks vocab.json" in caplog.text
 
 
 def started(program: Path, before: str = "") -> subprocess.Popen[str]:

@@ -318,13 +318,14 @@ def test_what_a_killed_fetch_of_pictures_left_is_not_taken_for_pictures(
         member = tarfile.TarInfo("package/owl.webp")
         member.size = 3
         tar.addfile(member, io.BytesIO(b"owl"))
-    monkeypatch.setattr(pictures, "SHA256", sha256(packed.getvalue()).hexdigest())
     monkeypatch.setattr(
         pictures.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(packed.getvalue())
     )
     monkeypatch.setenv("SD35_CACHE", str(tmp_path))
-    left = tmp_path / "fluent-emoji-3d-1.1.0.partial"
+    left = tmp_path / "birds-1.1.0.partial"
     left.mkdir()
     (left / "half.webp").write_bytes(b"ha")
-    assert [path.name for path in pictures.emoji_folder().iterdir()] == ["owl.webp"]
+    known = sha256(packed.getvalue()).hexdigest()
+    folder = pictures.package("https://nowhere.invalid/-/birds-1.1.0.tgz", known, ".webp")
+    assert [path.name for path in folder.iterdir()] == ["owl.webp"]
     assert not left.exists()

@@ -24,8 +24,8 @@ from sd35_core.checkpoint.controlnet import load_controlnet
 from sd35_core.checkpoint.layouts import diffusion_model
 from sd35_core.checkpoint.loading import checked_config, load
 from sd35_core.checkpoint.tensor_file import DTYPES, StateDict, TensorFile, pieces_of
-from sd35_core.encoders.text_encoder import SIZES as ENCODER_SIZES
-from sd35_core.encoders.text_encoder import check_encoder, encoder_configs
+from sd35_core.encoders.described import SIZES as ENCODER_SIZES
+from sd35_core.encoders.described import check_encoder, encoder_configs
 from sd35_core.limits import PIECES
 from sd35_core.network.config import MMDiTXConfig
 from sd35_core.packing.formats import FORMATS, VQ2
@@ -196,20 +196,22 @@ def test_metadata(text: str, outer: str, inner: str) -> None:
     survives(lambda: encoder_configs({"sd35_config": outer.replace("%s", described)}, "a file"))
 
 
-ENCODER = st.fixed_dictionaries(
-    dict.fromkeys(ENCODER_SIZES, st.sampled_from([1, 2, 48, 100, 101, 16384, 10**6]) | SIZES | JUNK)
-)
+A_SIZE = st.sampled_from([1, 2, 48, 100, 101, 16384, 10**6]) | SIZES | JUNK
+ENCODER = st.fixed_dictionaries(dict.fromkeys(ENCODER_SIZES["clip_l"], A_SIZE))
+ENCODER_T5 = st.fixed_dictionaries(dict.fromkeys(ENCODER_SIZES["t5xxl"], A_SIZE))
 
 
 @WRITTEN
-@given(ENCODER, ENCODER, st.sets(st.integers(0, 10**6), max_size=3))
-def test_sizes_of_text_encoders(first: Any, second: Any, layers: set[int]) -> None:
-    metadata = {"sd35_config": json.dumps({"text_encoders": {"clip_l": first, "clip_g": second}})}
+@given(ENCODER, ENCODER, st.none() | ENCODER_T5, st.sets(st.integers(0, 10**6), max_size=3))
+def test_sizes_of_text_encoders(first: Any, second: Any, third: Any, layers: set[int]) -> None:
+    described = {"clip_l": first, "clip_g": second, **({"t5xxl": third} if third else {})}
+    metadata = {"sd35_config": json.dumps({"text_encoders": described})}
     configs = survives(lambda: encoder_configs(metadata, "a file"))
-    tensors = {f"text_model.encoder.layers.{i}.mlp.fc1.bias": torch.zeros(4) for i in layers}
+    names = ("text_model.encoder.layers.{}.mlp.fc1.bias", "encoder.block.{}.layer.0.q.weight")
+    tensors = {name.format(i): torch.zeros(4) for i in layers for name in names}
     for config in (configs or {}).values():
-        assert config.hidden_size <= 16384 and config.num_hidden_layers <= 100
-        assert config.hidden_size % config.num_attention_heads == 0
+        width, heads, depth = config.size
+        assert width <= 16384 and depth <= 100 and width % heads == 0
         survives(lambda config=config: check_encoder(tensors, config, "a file"))
 
 

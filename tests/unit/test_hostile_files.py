@@ -17,12 +17,12 @@ from sd35_core.checkpoint.controlnet import controlnet, load_controlnet
 from sd35_core.checkpoint.layouts import diffusion_model, from_diffusers
 from sd35_core.checkpoint.loading import checked_config, load, shapes_of
 from sd35_core.checkpoint.tensor_file import StateDict, TensorFile
-from sd35_core.encoders.text_encoder import ClipTextModel, clip_g, clip_l, encoder_configs
+from sd35_core.encoders.described import encoder_configs, load_encoders
+from sd35_core.encoders.text_encoder import ClipTextModel, clip_g, clip_l
 from sd35_core.errors import CheckpointError
 from sd35_core.network.config import MMDiTXConfig, Shape, config_from_shapes
 from sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
 from sd35_core.network.mmditx import MMDiTX
-from sd35_core.pipeline import load_encoders
 from sd35_core.workflow import headers
 from sd35_core.workflow.setup import Model
 
@@ -344,18 +344,19 @@ def test_text_encoders_are_built_for_what_the_file_holds(
 
     path = encoder_file(tmp_path / "m.safetensors", described(**sizes), changed)
     with refused(words):
-        load_encoders(path)
+        load_encoders(TensorFile(path))
 
 
 def test_text_encoders_that_are_described_and_not_there_are_never_built(tmp_path: Path) -> None:
     sizes = {"num_hidden_layers": 100, "hidden_size": 16384, "num_attention_heads": 256}
     path = encoder_file(tmp_path / "m.safetensors", described(**sizes), StateDict.clear)
     with refused("The text encoder clip_l in 'm.safetensors' has 0 layers, .* describes 100"):
-        load_encoders(path)
+        load_encoders(TensorFile(path))
 
 
 def test_sound_text_encoders_load_without_a_projection_that_is_not_used(tmp_path: Path) -> None:
-    assert len(load_encoders(encoder_file(tmp_path / "m.safetensors", described(), len))) == 2
+    path = encoder_file(tmp_path / "m.safetensors", described(), len)
+    assert len(load_encoders(TensorFile(path))) == 2
 
 
 # GGUF

@@ -1,4 +1,5 @@
-"""The emoji pictures: fetched once, checked, unpacked into the cache outside the checkout."""
+"""Pictures to learn from: npm packages, fetched once, checked, unpacked into the cache outside the
+checkout."""
 
 from __future__ import annotations
 
@@ -11,41 +12,48 @@ from pathlib import Path
 
 from tools.install import HostError, cache_root, locked, say
 
-URL = "https://registry.npmjs.org/@lobehub/fluent-emoji-3d/-/fluent-emoji-3d-1.1.0.tgz"
 LARGEST = 2**26
-"""Bytes that are read of it."""
-SHA256 = "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
+"""Bytes that are read of a package."""
 
 
-def emoji_folder() -> Path:
-    """The folder with one 256x256 RGBA WebP per emoji; downloads 16 MB the first time.
+def package(url: str, sha256: str, suffix: str) -> Path:
+    """The folder with a package's files that end so; downloads it the first time.
 
-    Raises HostError when they can't be had or are not what they were.
+    Raises HostError when it can't be had or is not what it was.
     """
-    folder = cache_root() / "fluent-emoji-3d-1.1.0"
+    folder = cache_root() / url.rpartition("/")[2].removesuffix(".tgz")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(folder.name + ".lock")):
         if not folder.is_dir():
-            _fetch(folder)
+            _fetch(url, sha256, suffix, folder)
     return folder
 
 
-def _fetch(folder: Path) -> None:
-    say(f"Downloading {URL} (16 MB)")
+def emoji_folder() -> Path:
+    """Fluent Emoji 3D: one 256x256 RGBA WebP per emoji; 16 MB."""
+    return package(
+        "https://registry.npmjs.org/@lobehub/fluent-emoji-3d/-/fluent-emoji-3d-1.1.0.tgz",
+        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+        ".webp",
+    )
+
+
+def _fetch(url: str, sha256: str, suffix: str, folder: Path) -> None:
+    say(f"Downloading {url}")
     try:
-        with urllib.request.urlopen(URL, timeout=60) as response:
+        with urllib.request.urlopen(url, timeout=60) as response:
             archive = response.read(LARGEST)
     except OSError as error:
-        raise HostError(f"{URL} could not be downloaded: {error}") from error
+        raise HostError(f"{url} could not be downloaded: {error}") from error
     found = hashlib.sha256(archive).hexdigest()
-    if found != SHA256:
-        raise HostError(f"{URL}\n  has sha256 {found},\n  expected   {SHA256}. Nothing was kept.")
+    if found != sha256:
+        raise HostError(f"{url}\n  has sha256 {found},\n  expected   {sha256}. Nothing was kept.")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a fetch that was killed: the name is locked
     partial.mkdir()
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
         for member in tar:
-            content = tar.extractfile(member) if member.name.endswith(".webp") else None
+            content = tar.extractfile(member) if member.name.endswith(suffix) else None
             if content is not None:
                 (partial / Path(member.name).name).write_bytes(content.read())
     partial.rename(folder)
