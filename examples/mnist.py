@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -150,9 +150,21 @@ def read_back(config: TrainingConfig, count: int, cfg: float, sheet: Path | None
     right = reader(seen).argmax(dim=1) == torch.tensor(shown).flatten()
     if sheet:
         pictures = pipeline.draw(list(TUTORIAL), list(range(len(TUTORIAL))), settings)
-        rows = [torch.cat(pictures[i : i + 2], dim=1) for i in range(0, len(pictures), 2)]
-        write_picture(sheet, Image.fromarray(torch.cat(rows).numpy()), replace=True)
+        write_picture(sheet, sheet_of(pictures), replace=True)
     return Read(right.float().mean().item(), real)
+
+
+def sheet_of(pictures: list[Tensor]) -> Image.Image:
+    """The tutorial's pictures, three times as large, two in a row, each under its prompt."""
+    width, height, label = 3 * COLUMNS * SIDE, 3 * ROWS * SIDE, 20
+    sheet = Image.new("RGB", (2 * width + 12, -(-len(pictures) // 2) * (height + label)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (words, picture) in enumerate(zip(TUTORIAL, pictures)):
+        left, top = number % 2 * (width + 12), number // 2 * (height + label)
+        draw.text((left, top + 4), words, fill="black")
+        large = Image.fromarray(picture.numpy()).resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(large, (left, top + label))
+    return sheet
 
 
 def main() -> None:

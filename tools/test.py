@@ -3,7 +3,7 @@
 Gets what is missing first: a ComfyUI with its environment, the pictures that the small model
 learned from and, on Debian as root, a Chromium for the tests of the canvas. After that it needs
 no network. Without arguments it checks style and types and runs everything, in as many processes
-as there are cores; with --fast style, types and what needs no ComfyUI, for someone who edits.
+as there are cores; with --fast style and what needs no ComfyUI, for someone who edits.
 """
 
 from __future__ import annotations
@@ -72,10 +72,11 @@ def main() -> int:
         environment |= threads
     if wanted in ([], ["--fast"]):
         style = [python, "-m", "ruff"]
+        types = [[python, "-m", "pyright", "--pythonpath", python]]
         commands = [
             [*style, "check", "."],
             [*style, "format", "--check", "."],
-            [python, "-m", "pyright", "--pythonpath", python],
+            *([] if wanted else types),
             [python, "-m", "pytest", *options, *(FAST if wanted else [])],
         ]
     codes = []

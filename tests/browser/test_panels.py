@@ -278,6 +278,14 @@ def add_from_search(page: Any, words: str, kind: str) -> None:
     page.evaluate("() => { app.graph.nodes.at(-1).pos = [-3000, 0]; }")
 
 
+def add(page: Any, words: str, kind: str) -> None:
+    """As a person does, in one renderer: the other has the same search box."""
+    if page.renderer == "classic":
+        page.evaluate("(kind) => app.graph.add(LiteGraph.createNode(kind))", kind)
+    else:
+        add_from_search(page, words, kind)
+
+
 def arrange(page: Any, places: dict[str, tuple[int, int]]) -> None:
     for kind, place in places.items():
         of(page, kind, "node.pos = values[0]; app.canvas.setDirty(true, true);", place)
@@ -336,10 +344,7 @@ def test_every_node_comes_from_the_search_box(page: Any, server: hosts.Server) -
     assert len(ours) >= 11
     empty(page)
     for kind, name in ours.items():
-        if page.renderer == "classic":  # the search box is the same one
-            page.evaluate("(kind) => app.graph.add(LiteGraph.createNode(kind))", kind)
-        else:
-            add_from_search(page, name, kind)
+        add(page, name, kind)
     arrange(page, {kind: (400 * (i % 4), 620 * (i // 4)) for i, kind in enumerate(ours)})
     seen = page.evaluate("() => app.graph.nodes.map((n) => n.type)")
     assert sorted(seen) == sorted(ours)
@@ -357,7 +362,7 @@ def test_a_workflow_is_built_by_hand_and_gives_a_picture(page: Any) -> None:
         ("DPM++ 2M Shift Sampler (SD3.5)", "SD35Sampler"), ("VAE Decode", "VAEDecode"),
         ("Save Image", "SaveImage"),
     ):  # fmt: skip
-        add_from_search(page, words, kind)
+        add(page, words, kind)
     arrange(page, PLACES)
     for source, output, target, name in (
         ("SD35Loader", 0, "SkipLayerGuidance", "model"),

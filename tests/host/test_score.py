@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from tools.nano.scoring import main
+
 from ..conftest import NANO, PACK
 
 
@@ -47,7 +49,9 @@ def test_it_draws_a_file_of_captions_and_counts_what_is_right(
     assert again.stdout == done.stdout, "the same seeds give the same pictures"
 
 
-def test_settings_reach_the_picture(captions: Path, tmp_path: Path) -> None:
+def test_settings_reach_the_picture(
+    captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     few = ["--captions", str(captions), "--steps", "6"]
     variants = {
         "plain": [],
@@ -62,8 +66,8 @@ def test_settings_reach_the_picture(captions: Path, tmp_path: Path) -> None:
     sheets = {}
     for name, more in variants.items():
         sheet = tmp_path / f"{name}.png"
-        done = score(*few, *more, "--sheet", str(sheet))
-        assert done.returncode == 0 and "all (4): right thing" in done.stdout, done.stderr
+        assert main([*few, *more, "--sheet", str(sheet)]) == 0
+        assert "all (4): right thing" in capsys.readouterr().out
         sheets[name] = Image.open(sheet).tobytes()
     assert len(set(sheets.values())) == len(variants)
 
