@@ -13,7 +13,10 @@ PACK = Path(__file__).resolve().parent.parent
 NANO = PACK / "models" / "nano" / "sd35_nano.safetensors"
 
 
-LONGEST = ("test_ray", "test_panels", "test_canvas", "test_card", "test_load", "test_reach")
+LONGEST = (
+    *("test_ray", "test_panels", "test_canvas", "test_card", "test_load", "test_reach"),
+    *("test_judge", "test_training", "test_dataset", "test_packing"),
+)
 """Files that take minutes come first, so that none of them is left to one process at the end."""
 
 

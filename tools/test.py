@@ -35,7 +35,7 @@ def browser_path() -> str | None:
     return found
 
 
-FAST = ["tests/unit", "tests/parity"]
+FAST = ["tests/unit", "tests/parity", "-m", "not slow"]
 MOST_PROCESSES = 4
 """Each has a ComfyUI of its own, of about 2 GB."""
 

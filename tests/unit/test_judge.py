@@ -44,11 +44,13 @@ def all_right(verdict: Verdict) -> bool:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_renderings_are_right_in_everything(pictures: list[Image.Image], folder: Path) -> None:
     found = verdicts(pictures, SCENES, folder)
     assert [s.caption for s, v in zip(SCENES, found) if not all_right(v)] == []
 
 
+@pytest.mark.slow
 def test_what_the_vae_makes_of_renderings_is_still_right(
     pictures: list[Image.Image], folder: Path
 ) -> None:
@@ -60,6 +62,7 @@ def test_what_the_vae_makes_of_renderings_is_still_right(
     assert sum(map(all_right, verdicts(again, SCENES, folder))) >= 0.95 * len(SCENES)
 
 
+@pytest.mark.slow
 def test_with_wrong_captions_it_falls_to_chance(pictures: list[Image.Image], folder: Path) -> None:
     found = verdicts(pictures, SCENES[1:] + SCENES[:1], folder)
     assert sum(verdict.thing_right for verdict in found) <= 3
@@ -100,6 +103,7 @@ def test_noise_and_an_empty_picture_are_no_thing_in_particular(folder: Path) -> 
         assert sum(judge(picture, scene, folder).thing_right for scene in asked) <= 1
 
 
+@pytest.mark.slow
 def test_a_shift_by_a_pixel_or_two_does_not_matter(
     pictures: list[Image.Image], folder: Path
 ) -> None:

@@ -143,6 +143,7 @@ def tensors_of(run: Run) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@pytest.mark.slow
 def test_a_run_halves_its_loss_and_resumes_bit_for_bit(config: TrainingConfig) -> None:
     run = Run(config)
     losses = [run.advance() for _ in range(100)]
