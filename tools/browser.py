@@ -79,4 +79,4 @@ def run(page: Page) -> None:
         "() => Object.values(window.app.nodeOutputs || {}).some(o => o && o.images)",
         timeout=120_000,
     )
-    page.wait_for_timeout(5000)
+    page.wait_for_timeout(1500)

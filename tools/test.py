@@ -72,17 +72,23 @@ def main() -> int:
         environment |= threads
     if wanted in ([], ["--fast"]):
         style = [python, "-m", "ruff"]
-        types = [[python, "-m", "pyright", "--pythonpath", python]]
         commands = [
             [*style, "check", "."],
             [*style, "format", "--check", "."],
-            *([] if wanted else types),
             [python, "-m", "pytest", *options, *(FAST if wanted else [])],
         ]
+    types = None
+    if not wanted:  # beside the tests: it takes one core for a while
+        command = [python, "-m", "pyright", "--pythonpath", python]
+        types = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=host.PACK)
     codes = []
     for command in commands:
         install.say("$ " + " ".join(["python", *command[1:]]))
         codes.append(subprocess.call(command, cwd=host.PACK, env=environment))
+    if types is not None:
+        install.say("$ python -m pyright")
+        print(types.communicate()[0], flush=True)
+        codes.append(types.returncode)
     return max(codes, key=abs)
 
 

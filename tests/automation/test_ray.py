@@ -125,21 +125,8 @@ def test_each_job_is_done_once_whatever_is_killed(
     assert len(list(alone.glob("*.png"))) == JOBS
 
 
-def test_pictures_go_straight_to_a_place_that_fsspec_knows(
-    comfyui: hosts.Host, table: Path
-) -> None:
-    rows = table.read_text("utf-8").splitlines()[:4]
-    table.write_text("\n".join(rows), encoding="utf-8")
-    place = table.parent / "place"
-    command = [*ray(comfyui, table), "--pictures", place.as_uri()]
-    code, _, error = finished(started(table, *command))
-    assert code == 0, error
-    assert len(list(place.glob("*.png"))) == 4 and not list((table.parent / "out").glob("*.png"))
-    assert "0 done" in finished(started(table, *command))[1]
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="ray start --block is POSIX'")
-def test_a_cluster_that_runs_is_joined_and_goes_on_running(
+def test_a_cluster_that_runs_is_joined_goes_on_running_and_writes_to_a_place_of_fsspecs(
     comfyui: hosts.Host, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One on 127.0.0.1 alone and with a token; Ray has to be told both on both sides."""
@@ -160,10 +147,13 @@ def test_a_cluster_that_runs_is_joined_and_goes_on_running(
     try:
         wait(lambda: answers(int(address.split(":")[1])))
         for name in (address, "auto"):
-            out = str(tmp_path / name.replace(":", "-"))
-            command = [*ray(comfyui, table, name), "--out", out]
+            own = name.replace(":", "-")
+            out, place = tmp_path / f"out-{own}", tmp_path / f"place-{own}"
+            command = [*ray(comfyui, table, name), "--out", str(out), "--pictures", place.as_uri()]
             code, said, error = finished(started(table, *command))
             assert code == 0 and "2 done, 0 set aside" in said, error
+            assert len(list(place.glob("*.png"))) == 2 and not list(out.glob("*.png"))
+        assert "0 done" in finished(started(table, *command))[1]
         assert head.poll() is None
         wait(lambda: not comfyuis(tmp_path / "base"))
     finally:

@@ -27,7 +27,7 @@ from .prompts import WORKFLOWS, Prompt, short, skipping
 
 log = logging.getLogger(__name__)
 
-CLIENTS, PROMPTS = 8, int(os.environ.get("SD35_LOAD_PROMPTS", 80))
+CLIENTS, PROMPTS = 8, int(os.environ.get("SD35_LOAD_PROMPTS", 60))
 LOST_SECONDS = 600
 """A prompt that says nothing for so long counts as lost."""
 ALLOWED_MB = 60
