@@ -61,9 +61,9 @@ def load(page: Page, workflow: dict[str, Any]) -> None:
     """Open a canvas workflow and fit it into the window."""
     page.evaluate("async (data) => { await window.app.loadGraphData(data); }", workflow)
     page.keyboard.press("Escape")
-    page.wait_for_timeout(500)
+    page.wait_for_timeout(300)
     page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-    page.wait_for_timeout(1000)
+    page.wait_for_timeout(500)
 
 
 def exported(page: Page) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def run_on_canvas(page: browser.Page, url: str) -> dict[str, Any]:
     for _ in range(5 * RUN_SECONDS):
         page.wait_for_timeout(200)
         if done := set(hosts.call(url, "/history")) - before:
-            page.wait_for_timeout(1000)
+            page.wait_for_timeout(500)
             return hosts.call(url, "/history")[done.pop()]
     raise TimeoutError(f"no end after {RUN_SECONDS} s")
 
