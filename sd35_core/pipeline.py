@@ -236,10 +236,10 @@ def load_vae(path: Path) -> TinyAutoencoder:
     return vae
 
 
-def description(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a small model's file says of itself in its metadata `sd35_config`."""
+def description(metadata: Mapping[str, str], key: str = "sd35_config") -> dict[str, Any]:
+    """What a small model's file says of itself in its metadata; nothing where that is no JSON."""
     try:
-        said = json.loads(metadata.get("sd35_config", "{}"))
+        said = json.loads(metadata.get(key, "{}"))
     except (RecursionError, ValueError):
         return {}
     return said if isinstance(said, dict) else {}
@@ -251,15 +251,15 @@ def draw_prompts(options: argparse.Namespace) -> Path:
 
     folder = options.run if options.run.is_dir() else options.run.parent
     path = options.run / MODEL if options.run.is_dir() else options.run
-    said = json.loads(metadata_of(folder / STATE).get("config", "{}"))
+    said = description(metadata_of(folder / STATE), "config")
     words = options.tokenizer or said.get("tokenizer")
-    if not words:
+    if not isinstance(words, (str, Path)) or not str(words):
         raise SettingError(
             "Name a folder with CLIP's tokenizer with --tokenizer. ComfyUI has one, "
             "comfy/sd1_tokenizer."
         )
     t5 = options.tokenizer_t5 or said.get("tokenizer_t5")
-    tokenize_t5 = t5_tokenizer(Path(t5)) if t5 else None
+    tokenize_t5 = t5_tokenizer(Path(str(t5))) if t5 else None
     pipeline = Pipeline.load(path, tokenizer(Path(words)), tokenize_t5)
     settings = Settings(
         options.steps, options.cfg, sampler=options.sampler, schedule=options.schedule,

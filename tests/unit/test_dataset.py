@@ -189,6 +189,10 @@ def test_pixels_that_can_not_be_are_refused(program: Path, change: str, said: st
 def test_drawing_says_what_is_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert draw(["sample", str(tmp_path), "--prompt", "a dog"]) == 1
     assert "Name a folder with CLIP's tokenizer" in caplog.text
+    for config in ("[", "[1]", '{"tokenizer": 5}', "[" * 90_000):
+        save_file({"a": torch.zeros(1)}, tmp_path / "state.safetensors", {"config": config})
+        assert draw(["sample", str(tmp_path), "--prompt", "a dog"]) == 1
+    assert caplog.text.count("Name a folder with CLIP's tokenizer") == 5
     assert draw(["sample", str(tmp_path), "--prompt", "a", "--tokenizer", str(tmp_path)]) == 1
     assert "lacks vocab.json" in caplog.text
 
