@@ -25,7 +25,7 @@ from .checkpoint.loading import fill, load
 from .checkpoint.tensor_file import TensorFile, metadata_of
 from .encoders.autoencoder import Autoencoder, PixelSpace, TinyAutoencoder
 from .encoders.described import T5, Encoder, load_encoders
-from .encoders.t5 import PAD, padded_t5, t5_tokenizer, with_t5
+from .encoders.t5 import t5_rows, t5_tokenizer, with_t5
 from .encoders.text_encoder import (
     KINDS,
     LENGTH,
@@ -128,16 +128,19 @@ class Pipeline:
             encoded.append((0 * hidden, 0 * pooled) if name == without else (hidden, pooled))
         context, pooled = joined_encodings(encoded, self.network.config.context_dim)
         if T5 in self.encoders and self.tokenize_t5 is not None and without != T5:
-            ids = [padded_t5(self.tokenize_t5(caption)) for caption in captions]
-            longest = max(map(len, ids))
-            tokens = [row + [PAD] * (longest - len(row)) for row in ids]
-            context = with_t5(context, self.encoders[T5](torch.tensor(tokens, device=self.device)))
+            tokens = t5_rows(captions, self.tokenize_t5).to(self.device)
+            context = with_t5(context, self.encoders[T5](tokens))
         return context, pooled
 
     def noise(self, seed: int, size: tuple[int, int]) -> Tensor:
         """(1, C, H, W) for a picture of so many pixels, as a host makes it: on the CPU from the
         seed alone."""
         width, height = (side // self.autoencoder.cell for side in size)
+        if width < 1 or height < 1:
+            raise SettingError(
+                f"The size is {size[0]}x{size[1]}; the least of this model is "
+                f"{self.autoencoder.cell}x{self.autoencoder.cell} pixels."
+            )
         shape = (1, self.network.config.in_channels, height, width)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -287,6 +290,18 @@ def size_of(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """How to draw, for command lines."""
+    parser.add_argument("--size", type=size_of, metavar="WxH", help="default: as it was trained")
+    parser.add_argument("--seed", type=int, default=0, help="the first picture's; then + 1 each")
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--cfg", type=float, default=Settings.cfg)
+    parser.add_argument("--shift", type=float, default=Settings.shift)
+    parser.add_argument("--sampler", choices=list(SAMPLERS), default=Settings.sampler)
+    parser.add_argument("--schedule", choices=list(SCHEDULES), default=Settings.schedule)
+    parser.add_argument("--negative", default="", help="a negative prompt for all")
+
+
 def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(prog="python -m sd35_core.pipeline")
@@ -294,14 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("run", type=Path, help="the folder of a training, or a small model's file")
     command.add_argument("--prompt", action="append", required=True, help="once for each picture")
     command.add_argument("--out", type=Path, help="default: sample.png, in the folder")
-    command.add_argument("--size", type=size_of, metavar="WxH", help="default: as it was trained")
-    command.add_argument("--seed", type=int, default=0, help="the first picture's; then + 1 each")
-    command.add_argument("--steps", type=int, default=Settings.steps)
-    command.add_argument("--cfg", type=float, default=Settings.cfg)
-    command.add_argument("--shift", type=float, default=Settings.shift)
-    command.add_argument("--sampler", choices=list(SAMPLERS), default=Settings.sampler)
-    command.add_argument("--schedule", choices=list(SCHEDULES), default=Settings.schedule)
-    command.add_argument("--negative", default="", help="a negative prompt for all")
+    add_settings(command)
     command.add_argument("--tokenizer", type=Path, help="a folder with CLIP's; default: the run's")
     command.add_argument("--tokenizer-t5", type=Path, help="a folder with T5's, if it has one")
     options = parser.parse_args(arguments)

@@ -80,7 +80,7 @@ def main() -> int:
     types = None
     if not wanted:  # beside the tests: it takes one core for a while
         command = [python, "-m", "pyright", "--pythonpath", python]
-        types = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=host.PACK)
+        types = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", cwd=host.PACK)
     codes = []
     for command in commands:
         install.say("$ " + " ".join(["python", *command[1:]]))

@@ -82,7 +82,9 @@ def from_diffusers_key(key: str) -> Place | None:
     block = _BLOCK.fullmatch(key)
     if block is not None:
         inner = _IN_BLOCK.get(block[2])
-        return inner and inner._replace(key=f"joint_blocks.{block[1]}.{inner.key}.{block[3]}")
+        if inner is None or (inner.parts > 1 and block[3] not in ("weight", "bias")):
+            return None  # what else lies beside a weight can't be joined
+        return inner._replace(key=f"joint_blocks.{block[1]}.{inner.key}.{block[3]}")
     if key in RENAMED:
         return Place(RENAMED[key])
     name, _, suffix = key.rpartition(".")

@@ -7,7 +7,7 @@ It knows no places but distances: a bias of each head for how far two tokens are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,13 @@ def t5_tokenizer(folder: Path) -> Callable[[str], list[int]]:
 
     t5 = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     return lambda caption: t5(caption)["input_ids"][:-1]
+
+
+def t5_rows(captions: Sequence[str], tokenize: Callable[[str], list[int]]) -> Tensor:
+    """Captions -> token ids (B, L), all padded to the longest."""
+    ids = [tokenize(caption) for caption in captions]
+    longest = max(SHORTEST, 1 + max(map(len, ids)))
+    return torch.tensor([padded_t5(row, longest) for row in ids])
 
 
 def padded_t5(ids: list[int], length: int = SHORTEST) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoint.tensor_file import metadata_of
 from ..errors import SettingError
-from ..limits import PATCH, bounded
+from ..limits import PATCH
 from ..network.config import CONTEXT_WIDTH, MMDiTXConfig
 from ..network.controlnet import CONTROL_TYPES
 from ..network.latent import LATENT_CHANNELS, PIXELS
@@ -172,7 +172,12 @@ def read_config(path: Path) -> TrainingConfig:
             f"'{path.name}': pixels is {config.pixels}; it can be 1 (grey) or 3 (colours), without "
             "a VAE and without a ControlNet."
         )
-    bounded(PATCH, config.patch, f"'{path.name}', patch")
+    if not 1 <= config.patch <= PATCH.most:
+        raise SettingError(
+            f"'{path.name}': patch is {config.patch}; {PATCH.what} can be 1 to {PATCH.most}."
+        )
+    for name in ("clip_l", "clip_g", "t5xxl"):
+        check_encoder_size(name, getattr(config, name), path.name)
     token = config.cell * config.patch
     for size in config.sizes:
         numbers = isinstance(size, tuple) and all(isinstance(side, int) for side in size)
@@ -192,6 +197,19 @@ def read_config(path: Path) -> TrainingConfig:
             why = "images" if config.images else "samples"
             raise SettingError(f"'{path.name}': '{why}' needs the key '{lacking[0]}' too.")
     return config
+
+
+def check_encoder_size(name: str, size: tuple[Any, ...], source: str) -> None:
+    """Raise SettingError unless a text encoder can have that width, heads and layers; T5 can be
+    left out."""
+    if name == "t5xxl" and not size:
+        return
+    whole = len(size) == 3 and all(type(number) is int and number > 0 for number in size)
+    if not whole or size[0] % size[1]:
+        raise SettingError(
+            f"'{source}': {name} is {list(size)}; it should be a width, heads that share it "
+            "evenly, and layers, such as [48, 3, 3]."
+        )
 
 
 def check_controlnet(config: TrainingConfig, name: str) -> None:

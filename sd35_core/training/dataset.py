@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checkpoint.tensor_file import read_file
 from ..encoders.autoencoder import Autoencoder
 from ..encoders.hints import made_hint, vae_input
-from ..encoders.t5 import PAD, SHORTEST, padded_t5
+from ..encoders.t5 import PAD, t5_rows
 from ..encoders.text_encoder import KINDS, Tokenize, padded_tokens
 from ..errors import SettingError
 
@@ -130,9 +130,7 @@ def tokens_of(
         key = name.replace("clip", "tokens")
         tensors |= {key: rows[1:].clone(), f"{key}_empty": rows[0].clone()}
     if tokenize_t5 is not None:
-        ids = [padded_t5(tokenize_t5(caption), 0) for caption in ["", *captions]]
-        longest = max(SHORTEST, *map(len, ids))
-        rows = torch.tensor([row + [PAD] * (longest - len(row)) for row in ids], dtype=torch.int32)
+        rows = t5_rows(["", *captions], tokenize_t5).int()
         tensors |= {"tokens_t5": rows[1:].clone(), "tokens_t5_empty": rows[0].clone()}
     return tensors
 

@@ -262,7 +262,7 @@ class Run:
                 f"text_encoders.{name}.transformer.": encoder.state_dict()
                 for name, encoder in model.encoders.items()
             },
-            "first_stage_model.": self.vae.state_dict() if self.config.vae and self.vae else {},
+            "first_stage_model.": self.vae.state_dict() if self.vae else {},
         }
         tensors = {
             prefix + key: tensor.half().cpu()

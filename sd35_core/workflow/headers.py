@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache, wraps
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ..checkpoint.layouts import (
     CONTROLNET_MARKS,
@@ -165,21 +165,34 @@ def vae_channels(path: Path) -> int | None:
     return next((shape[1] for shape in shapes if len(shape) == 4), None)
 
 
-_BLOCK = re.compile(rf"(?:joint|transformer)_blocks_([0-9]{{1,{DIGITS.most}}})_(.+)")
+class _Names(NamedTuple):
+    """What a LoRA's keys begin with, and the modules that may follow, in a block and outside."""
+
+    prefix: re.Pattern[str]
+    block: re.Pattern[str]
+    outside: frozenset[str]
+    inside: frozenset[str]
 
 
-def _flat(names: Iterable[str]) -> frozenset[str]:
-    """As LoRAs call them."""
-    return frozenset(name.replace(".", "_") for name in names)
+def _names(prefix: str, blocks: str, outside: Iterable[str], inside: Iterable[str]) -> _Names:
+    """Of modules as models call them; the position table is none."""
+
+    def flat(names: Iterable[str]) -> frozenset[str]:
+        return frozenset(name.replace(".", "_") for name in names)
+
+    block = re.compile(rf"{blocks}_([0-9]{{1,{DIGITS.most}}})_(.+)")
+    table = flat(("pos_embed", "pos_embed.pos_embed"))
+    return _Names(re.compile(prefix), block, flat(outside) - table, flat(inside))
 
 
-_STABILITY = re.compile(r"lora_unet_|diffusion_model\."), (
-    _flat(RENAMED.values()), _flat([*RENAMED_IN_BLOCK.values(), *JOINED_IN_BLOCK])
+_STABILITY = _names(
+    r"lora_unet_|diffusion_model\.", "joint_blocks",
+    RENAMED.values(), [*RENAMED_IN_BLOCK.values(), *JOINED_IN_BLOCK],
 )  # fmt: skip
-_DIFFUSERS = re.compile(r"transformer\.|base_model\.model\.|lora_transformer_|lycoris_"), (
-    _flat(RENAMED), _flat([*RENAMED_IN_BLOCK, *chain(*JOINED_IN_BLOCK.values())])
+_DIFFUSERS = _names(
+    r"transformer\.|base_model\.model\.|lora_transformer_|lycoris_", "transformer_blocks",
+    RENAMED, [*RENAMED_IN_BLOCK, *chain(*JOINED_IN_BLOCK.values())],
 )  # fmt: skip
-"""What a LoRA's keys begin with, and the modules that may follow: outside blocks, and in one."""
 _CHANGE = re.compile(
     r"\.(lora_(up|down|mid|[AB](\.default)?)(\.weight)?|lora(_linear_layer)?\.(up|down)\.weight"
     r"|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2|[ab][12]\.weight|oft_blocks"
@@ -235,11 +248,11 @@ def _scale_in(metadata: Mapping[str, str]) -> float:
 
 def _fits(name: str, shapes: list[tuple[int, ...]], model: Model) -> bool:
     """Whether ComfyUI finds a LoRA's layer in the model, and one of its sides has that width."""
-    for prefix, (outside, inside) in (_STABILITY, _DIFFUSERS):
-        found = prefix.match(name)
+    for known in (_STABILITY, _DIFFUSERS):
+        found = known.prefix.match(name)
         module = name[found.end() :].replace(".", "_") if found else ""
-        block = _BLOCK.fullmatch(module)
-        if (block and block[2] in inside) or module in outside:
+        block = known.block.fullmatch(module)
+        if (block and block[2] in known.inside) or module in known.outside:
             break
     else:
         return False

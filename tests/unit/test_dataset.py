@@ -145,6 +145,7 @@ def test_it_learns_pixels_without_a_vae_and_draws_them(program: Path, channels: 
     assert draw(command) == 0 and draw([*command, "--seed", "1"]) == 0
     first, second = (Image.open(path) for path in sorted(out.glob("sample*.png")))
     assert first.size in ((32, 64), (64, 64)) and first.tobytes() != second.tobytes()
+    assert draw([*command, "--size", "0x32"]) == 1
     red, green, blue = first.split()
     assert (red.tobytes() == green.tobytes() == blue.tobytes()) == (channels == 1)
 
@@ -176,6 +177,10 @@ def test_t5_reads_on_where_clip_ends(program: Path, comfyui: hosts.Host) -> None
         ("pixels = 1\nvae = 'vae.safetensors'", "without a VAE"),
         ("pixels = 3\npatch = 5", r"multiples of 5, such as \[40, 30\]"),
         ("patch = 1000", "the side of a patch"),
+        ("patch = 0", "the side of a patch can be 1 to 16"),
+        ("t5xxl = [24, 2]", r"t5xxl is \[24, 2\]; it should be a width, heads"),
+        ("t5xxl = [24, 5, 2]", "heads that share it evenly"),
+        ("t5xxl = ['a', 2, 2]", "t5xxl is"),
         ("", "needs the key 'vae' too"),
     ],
 )

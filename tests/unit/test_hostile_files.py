@@ -224,6 +224,27 @@ def test_parts_that_cannot_be_joined_are_named() -> None:
         checked_config(from_diffusers({"proj_out.weight": torch.zeros(2, 2)}))
 
 
+@pytest.mark.parametrize(
+    "module",
+    ["lora_unet_pos_embed", "transformer.pos_embed.pos_embed",
+     "transformer.joint_blocks.0.attn.to_q",
+     "lora_unet_transformer_blocks_0_x_block_attn_qkv"],
+)  # fmt: skip
+def test_a_lora_of_what_is_no_layer_fits_no_model(module: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "lora.safetensors", {f"{module}.lora_up.weight": torch.zeros(256, 4)})
+    assert headers.lora_in(path, Model(depth=4, hidden=256)) == headers.LoraFile(1, 0)
+
+
+def test_what_lies_beside_a_quantized_part_is_never_joined() -> None:
+    """Three marks after one another would be no mark of anything."""
+    mark = torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
+    whole = to_diffusers(random_weights(TINY))
+    for name in ("comfy_quant", "weight_scale"):
+        odd = {f"transformer_blocks.0.attn.to_{part}.{name}": mark for part in "qkv"}
+        with refused(f"a tensor 'transformer_blocks.0.attn.to_q.{name}', which diffusers'"):
+            from_diffusers({**whole, **odd})
+
+
 def test_a_controlnets_parts_that_cannot_be_joined_are_named() -> None:
     whole = in_diffusers_keys(embedder("2b").state_dict())
     with refused(r"'transformer_blocks\.0\.attn\.qkv\.weight' can't be put together"):

@@ -13,10 +13,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from sd35_core.errors import SD35Error
-from sd35_core.pipeline import Pipeline, Settings
+from sd35_core.pipeline import Pipeline, Settings, add_settings
 from sd35_core.sampling.guidance import SkipLayers, parse_layers
-from sd35_core.sampling.samplers import SAMPLERS
-from sd35_core.sampling.schedules import SCHEDULES
 from sd35_core.sampling.step_cache import PACES
 from sd35_core.whole_file import write_picture
 
@@ -92,29 +90,17 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", type=Path, default=MODEL_FILE, help="a file, or a folder with one"
     )
-    parser.add_argument("--cfg", type=float, default=Settings.cfg)
-    parser.add_argument("--steps", type=int, default=Settings.steps)
-    parser.add_argument("--shift", type=float, default=Settings.shift)
-    parser.add_argument("--sampler", choices=list(SAMPLERS), default=Settings.sampler)
-    parser.add_argument("--schedule", choices=list(SCHEDULES), default=Settings.schedule)
+    add_settings(parser)
     parser.add_argument("--slg", default="", metavar="LAYERS", help="layers to skip: 1, 2 or 1-2")
     parser.add_argument("--slg-scale", type=float, default=2.5)
     parser.add_argument("--slg-start", type=float, default=0.01)
     parser.add_argument("--slg-end", type=float, default=0.2)
     parser.add_argument("--pace", choices=list(PACES), default="", help="with the step cache")
-    parser.add_argument("--negative", default="", help="a negative prompt for all")
     parser.add_argument("--without", choices=["clip_l", "clip_g"], default="")
-    parser.add_argument("--size", type=size_of, default=Settings.size, metavar="WxH")
-    parser.add_argument("--seed", type=int, default=0, help="the first picture's; then + 1 each")
     parser.add_argument("--wrong", action="store_true", help="judge by the next caption: chance")
     parser.add_argument("--sheet", type=Path, help="save all pictures as one")
     parser.add_argument("--json", action="store_true", help="print JSON, with every verdict")
     return parser
-
-
-def size_of(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    return int(width), int(height)
 
 
 def settings_of(options: argparse.Namespace, depth: int) -> Settings:
@@ -122,7 +108,7 @@ def settings_of(options: argparse.Namespace, depth: int) -> Settings:
     slg = SkipLayers(layers, options.slg_scale, options.slg_start, options.slg_end)
     return Settings(
         options.steps, options.cfg, options.shift, options.sampler, options.schedule,
-        slg, options.negative, options.without, options.size, options.pace,
+        slg, options.negative, options.without, options.size or Settings.size, options.pace,
     )  # fmt: skip
 
 
