@@ -53,7 +53,8 @@ NO_SKIPPING = SkipLayers(frozenset(), 0, 0, 0)
 
 @dataclass(frozen=True)
 class Settings:
-    """How to draw; size: (width, height) in pixels. `without` names a text encoder to leave out."""
+    """How to draw; size: (width, height) in pixels, None for the size that the model was trained
+    at. `without` names a text encoder to leave out."""
 
     steps: int = 28
     cfg: float = 4.0
@@ -63,7 +64,7 @@ class Settings:
     slg: SkipLayers = NO_SKIPPING
     negative: str = ""
     without: str = ""
-    size: tuple[int, int] = (128, 128)
+    size: tuple[int, int] | None = None
     pace: str = ""
     """Of a step cache, for each batch; none if empty."""
 
@@ -81,8 +82,10 @@ class Pipeline:
     tokenize: Tokenize
     control: ControlNetEmbedder | None = None
     tokens: int = LENGTH
-    """Of a prompt, as many of CLIP's as the network was trained with."""
+    """To how many of CLIP's a prompt is padded, as in training; a longer one stays as it is."""
     tokenize_t5: Tokenize | None = None
+    size: tuple[int, int] = (128, 128)
+    """Width and height that the network was trained at."""
 
     @classmethod
     def load(cls, path: Path, tokenize: Tokenize, tokenize_t5: Tokenize | None = None) -> Pipeline:
@@ -103,7 +106,10 @@ class Pipeline:
                 f"{autoencoder.channels}. Use the file as it came."
             )
         tokens = tokens if type(tokens) is int and 2 <= tokens <= LENGTH else LENGTH
-        return cls(network, encoders, autoencoder, tokenize, tokens=tokens, tokenize_t5=tokenize_t5)
+        return cls(
+            network, encoders, autoencoder, tokenize, tokens=tokens, tokenize_t5=tokenize_t5,
+            size=trained_size(said),
+        )  # fmt: skip
 
     @property
     def device(self) -> torch.device:
@@ -116,12 +122,13 @@ class Pipeline:
         t5xxl, whose tokens are left out.
         """
         ids = [self.tokenize(caption) for caption in captions]
+        columns = min(LENGTH, max(self.tokens, 2 + max(map(len, ids))))
         encoded = []
         for name in KINDS:
             encoder = self.encoders[name]
             assert isinstance(encoder, ClipTextModel)
             tokens = torch.tensor(
-                [padded_tokens(row, encoder.config)[: self.tokens] for row in ids],
+                [padded_tokens(row, encoder.config)[:columns] for row in ids],
                 device=self.device,
             )
             hidden, pooled = encoder(tokens)
@@ -163,7 +170,8 @@ class Pipeline:
         for start in range(0, len(captions), BATCH):
             part = captions[start : start + BATCH]
             seeds_of_part = seeds[start : start + BATCH]
-            noise = torch.cat([self.noise(seed, settings.size) for seed in seeds_of_part])
+            size = settings.size or self.size
+            noise = torch.cat([self.noise(seed, size) for seed in seeds_of_part])
             context, y = self.encode([*part, *[settings.negative] * len(part)], settings.without)
             hint = None if hints is None else hints[start : start + BATCH].to(self.device)
             denoise = partial(self.denoised, settings=settings, sigmas=sigmas, hint=hint)
@@ -267,7 +275,7 @@ def draw_prompts(options: argparse.Namespace) -> Path:
     settings = Settings(
         options.steps, options.cfg, sampler=options.sampler, schedule=options.schedule,
         shift=options.shift, negative=options.negative,
-        size=options.size or trained_size(TensorFile(path).metadata),
+        size=options.size,
     )  # fmt: skip
     seeds = [options.seed + i for i in range(len(options.prompt))]
     drawn = torch.cat(pipeline.draw(options.prompt, seeds, settings))
@@ -276,11 +284,11 @@ def draw_prompts(options: argparse.Namespace) -> Path:
     return out
 
 
-def trained_size(metadata: Mapping[str, str]) -> tuple[int, int]:
-    """Width and height that a small model's file says it was trained at, else those of Settings."""
-    size = description(metadata).get("size")
+def trained_size(said: Mapping[str, Any]) -> tuple[int, int]:
+    """Width and height that a small model's description names, else those of a Pipeline."""
+    size = said.get("size")
     if not isinstance(size, list) or len(size) != 2 or any(s not in range(1, 2049) for s in size):
-        return Settings.size
+        return Pipeline.size
     return int(size[0]), int(size[1])
 
 

@@ -81,6 +81,13 @@ def padded_tokens(ids: list[int], config: ClipConfig) -> list[int]:
     return ids + [config.pad] * (LENGTH - len(ids))
 
 
+def columns_used(tokens: Tensor, least: int) -> int:
+    """How many columns of ids (B, L) hold more than padding, which is 0 for CLIP-G and T5; or
+    `least`, where that is more."""
+    used = tokens.any(dim=0).nonzero()
+    return max(least, int(used.max()) + 1 if len(used) else 0)
+
+
 class _Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()

@@ -79,9 +79,10 @@ class TrainingConfig:
     """The share of examples that see a random crop of the position table, not its centre: what
     is learned at one size then holds at others (Stability AI trained SD3.5 Medium so)."""
     prompt_tokens: int = 77
-    """Cut prompts after so many of CLIP's tokens: faster, for captions that are never longer."""
+    """Pad prompts to so many of CLIP's tokens, which is faster than to all 77; longer ones stay as
+    they are."""
     t5_tokens: int = 77
-    """Pad prompts to so many of T5's tokens; longer ones stay as they are."""
+    """The same of T5's."""
     clip_norm: float = 1.0
     weight_decay: float = 0.01
     bf16: bool = True

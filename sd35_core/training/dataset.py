@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checkpoint.tensor_file import read_file
 from ..encoders.autoencoder import Autoencoder
 from ..encoders.hints import made_hint, vae_input
-from ..encoders.t5 import PAD, t5_rows
+from ..encoders.t5 import t5_rows
 from ..encoders.text_encoder import KINDS, Tokenize, padded_tokens
 from ..errors import SettingError
 
@@ -133,12 +133,6 @@ def tokens_of(
         rows = t5_rows(["", *captions], tokenize_t5).int()
         tensors |= {"tokens_t5": rows[1:].clone(), "tokens_t5_empty": rows[0].clone()}
     return tensors
-
-
-def read_by_t5(tokens: Tensor, least: int) -> Tensor:
-    """Token ids (B, L) without the padding that all rows have, but for `least`."""
-    used = (tokens != PAD).any(dim=0).nonzero()
-    return tokens[:, : max(least, int(used.max()) + 1 if len(used) else 0)]
 
 
 def read_examples_file(path: str) -> Examples:

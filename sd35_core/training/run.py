@@ -23,14 +23,14 @@ from ..checkpoint.tensor_file import TensorFile, read_file, write_file
 from ..encoders.autoencoder import PixelSpace
 from ..encoders.described import load_encoders
 from ..encoders.t5 import t5_tokenizer
-from ..encoders.text_encoder import tokenizer
+from ..encoders.text_encoder import columns_used, tokenizer
 from ..errors import SettingError
 from ..network.controlnet import CONTROL_TYPES
 from ..network.latent import to_model
 from ..pipeline import MODEL, STATE, Pipeline, Settings, load_vae
 from ..whole_file import sweep, write_picture
 from .config import SAMPLES, TO_BE_TRAINED, TrainingConfig, check_output
-from .dataset import Examples, Size, read_by_t5, read_examples_file, read_folder
+from .dataset import Examples, Size, read_examples_file, read_folder
 from .objective import crops, draw_timesteps, flow_loss
 from .trained import Trained
 
@@ -143,15 +143,16 @@ class Run:
             patches = (x0.shape[2] // patch, x0.shape[3] // patch)
             positions = crops(table, patches, batch, config.random_crops, generator)
         tokens = []
+        columns = columns_used(examples["tokens_g"][chosen], config.prompt_tokens)
         for name in ("tokens_l", "tokens_g"):
-            ids = examples[name][chosen, : config.prompt_tokens].long()
-            ids[uncaptioned] = examples[f"{name}_empty"][: config.prompt_tokens].long()
+            ids = examples[name][chosen, :columns].long()
+            ids[uncaptioned] = examples[f"{name}_empty"][:columns].long()
             tokens.append(ids.to(self.device))
         tokens_t5 = None
         if config.t5xxl and torch.rand((), generator=generator) >= config.encoder_dropout:
             ids = examples["tokens_t5"][chosen].long()
             ids[uncaptioned] = examples["tokens_t5_empty"].long()
-            tokens_t5 = read_by_t5(ids, config.t5_tokens).to(self.device)
+            tokens_t5 = ids[:, : columns_used(ids, config.t5_tokens)].to(self.device)
         x0, noise, sigma, kept = (t.to(self.device) for t in (x0, noise, sigma, kept))
         hint = None
         if self.model.controlnet is not None:

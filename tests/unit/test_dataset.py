@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from sd35_core.training.__main__ import main
 from sd35_core.training.config import read_config
 from sd35_core.training.dataset import read_folder, read_picture
 from sd35_core.training.run import Run
+from sd35_core.training.trained import Trained
 from tools import host as hosts
 
 from .models import words_as_tokens
@@ -128,6 +130,34 @@ def test_the_program_trains_on_a_folder_and_writes_a_checkpoint(program: Path) -
     assert "text_encoders.clip_g.transformer.text_projection.weight" in tensors
     network = load(out / "model.safetensors").config
     assert network == read_config(program).network
+
+
+def test_prompts_are_padded_as_asked_and_never_cut(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (program.parent / "pictures" / "red.txt").write_text("a red square " * 6, encoding="utf-8")
+    seen: set[int] = set()
+    encode = Trained.encode
+
+    def watched(self: Trained, tokens_l: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        seen.add(tokens_l.shape[1])
+        return encode(self, tokens_l, *rest, **more)
+
+    monkeypatch.setattr(Trained, "encode", watched)
+    with program.open("r+", encoding="utf-8") as file:
+        text = file.read()
+        file.seek(0)
+        file.write(text.replace("depth = 2", "prompt_tokens = 8\ncaption_dropout = 0.0\ndepth = 2"))
+    run = Run(read_config(program))
+    for _ in range(12):
+        run.advance()
+    assert seen == {8, 20}, "start, eighteen words, end"
+    for prompt, columns in (("a red square", 8), ("a red square " * 6, 20), ("red " * 99, 77)):
+        pipeline = Pipeline(
+            run.model.diffusion_model, run.model.encoders, TinyAutoencoder(), words_as_tokens,
+            tokens=8,
+        )  # fmt: skip
+        assert pipeline.encode([prompt])[0].shape[1] == columns
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -108,7 +108,7 @@ def settings_of(options: argparse.Namespace, depth: int) -> Settings:
     slg = SkipLayers(layers, options.slg_scale, options.slg_start, options.slg_end)
     return Settings(
         options.steps, options.cfg, options.shift, options.sampler, options.schedule,
-        slg, options.negative, options.without, options.size or Settings.size, options.pace,
+        slg, options.negative, options.without, options.size, options.pace,
     )  # fmt: skip
 
 
