@@ -9,10 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +38,11 @@ from .objective import crops, draw_timesteps, flow_loss
 from .trained import Trained
 
 log = logging.getLogger("sd35")
+MINUTE = 60.0
+MOMENTS = (("exp_avg", "exp_avg_sq"), ("momentum_buffer",))
+"""What AdamW keeps of a parameter, and what Muon does."""
+NO_MUON = type(None)
+Muon: Any = getattr(torch.optim, "Muon", NO_MUON)
 
 
 class Run:
@@ -70,15 +78,20 @@ class Run:
         if config.compile:
             self.model.diffusion_model.compile()
         self.learning = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
-        self.optimiser = torch.optim.AdamW(
-            self.learning.values(),
-            lr=config.rate,
-            betas=(0.9, 0.99),
-            weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        self.optimisers = optimisers(self.learning, config)
         self.average = {k: p.detach().clone() for k, p in self.learning.items()}
         self.step = 0
+
+    @property
+    def optimiser_of(self) -> dict[str, torch.optim.Optimizer]:
+        """Of each parameter that learns, by its name."""
+        names = {id(parameter): name for name, parameter in self.learning.items()}
+        return {
+            names[id(parameter)]: optimiser
+            for optimiser in self.optimisers
+            for group in optimiser.param_groups
+            for parameter in group["params"]
+        }
 
     def read_examples(self) -> list[Examples]:
         """One group per size."""
@@ -181,10 +194,11 @@ class Run:
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(self.learning.values(), config.clip_norm)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate()
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = self.rate()
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         self.step += 1
         decay = min(config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
@@ -199,10 +213,9 @@ class Run:
         """
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
-        for name, parameter in self.learning.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                if parameter in self.optimiser.state:
-                    tensors[f"{key}.{name}"] = self.optimiser.state[parameter][key]
+        for name, optimiser in self.optimiser_of.items():
+            state = optimiser.state.get(self.learning[name], {})
+            tensors |= {f"{k}.{name}": state[k] for keys in MOMENTS for k in keys if k in state}
         write_file(self.state_file, tensors, {"step": self.step, "config": asdict(self.config)})
 
     def resume(self) -> None:
@@ -213,15 +226,13 @@ class Run:
         self.step = int(metadata["step"])
         fill(self.model, under(tensors, "model."), str(self.state_file), TO_BE_TRAINED)
         self.average = {k: v.to(self.device) for k, v in under(tensors, "average.").items()}
-        first, second = under(tensors, "exp_avg."), under(tensors, "exp_avg_sq.")
-        for name, parameter in self.learning.items():
-            if name not in first:
-                continue
-            self.optimiser.state[parameter] = {
-                "step": torch.tensor(float(self.step)),
-                "exp_avg": first[name].to(self.device),
-                "exp_avg_sq": second[name].to(self.device),
-            }
+        for name, optimiser in self.optimiser_of.items():
+            of_muon = isinstance(optimiser, Muon)
+            keys = [key for key in MOMENTS[of_muon] if f"{key}.{name}" in tensors]
+            state = {key: tensors[f"{key}.{name}"].to(self.device) for key in keys}
+            if state and not of_muon:
+                state["step"] = torch.tensor(float(self.step))
+            optimiser.state[self.learning[name]] = state
 
     def averaged(self) -> Trained:
         """A copy of the model with the moving average's weights."""
@@ -282,20 +293,25 @@ class Run:
         write_file(path, tensors, {"sd35_config": described, "modelspec.title": title})
 
     def go_on(self) -> None:
-        """Train to the last step, with a progress bar; Ctrl-C finishes the step, saves, stops."""
+        """Train to the last step, with a progress bar, or a line a minute where there is no
+        terminal; Ctrl-C finishes the step, saves, stops."""
         from tqdm import tqdm
 
-        config, smooth = self.config, 0.0
+        config, smooth, said = self.config, 0.0, time.monotonic()
+        watched = sys.stderr.isatty()
         sweep(Path(config.output) / SAMPLES)
         with (
             _until_interrupted() as interrupted,
-            tqdm(total=config.steps, initial=self.step, unit="step", mininterval=1.0) as bar,
+            tqdm(total=config.steps, initial=self.step, unit="step", disable=not watched) as bar,
         ):
             while self.step < config.steps and not interrupted():
                 loss = self.advance()
                 smooth = loss if smooth == 0 else 0.98 * smooth + 0.02 * loss
                 bar.update()
                 bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+                if not watched and time.monotonic() - said > MINUTE:
+                    said = time.monotonic()
+                    log.info(f"step {self.step} of {config.steps}, loss {smooth:.4f}")
                 if self.step % config.save_every == 0 and self.step < config.steps:
                     self.save()
                     self.draw_samples()
@@ -304,6 +320,40 @@ class Run:
         self.write_model(model_file)
         self.draw_samples()
         log.info(f"stopped at step {self.step} of {config.steps}; wrote {model_file}")
+
+
+def optimisers(
+    learning: Mapping[str, nn.Parameter], config: TrainingConfig
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices in blocks and AdamW for the rest. Raises
+    SettingError for a torch without Muon."""
+    muon = config.optimiser == "muon"
+    if muon and Muon is NO_MUON:
+        raise SettingError(
+            f"optimiser is muon, which torch {torch.__version__} does not have yet; 2.9 does. "
+            "Update torch, or set optimiser to adamw."
+        )
+    matrices = [p for name, p in learning.items() if muon and p.ndim == 2 and "_block" in name]
+    chosen = set(map(id, matrices))
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [p for p in learning.values() if id(p) not in chosen],
+            lr=config.rate,
+            betas=(0.9, 0.99),
+            weight_decay=config.weight_decay,
+            fused=all(p.device.type in ("cpu", "cuda") for p in learning.values()),
+        )
+    ]
+    if matrices:
+        found.append(
+            Muon(
+                matrices,
+                lr=config.rate,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return found
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from sd35_core.errors import CheckpointError, SettingError
 from sd35_core.network.layers import grid_positions
+from sd35_core.training import run as run_of_training
 from sd35_core.training.__main__ import main
-from sd35_core.training.config import TrainingConfig, read_config
+from sd35_core.training.config import OPTIMISERS, TrainingConfig, read_config
 from sd35_core.training.objective import crops, draw_timesteps, flow_loss
 from sd35_core.training.run import Run
 from sd35_core.training.trained import Trained
@@ -137,14 +138,18 @@ def tensors_of(run: Run) -> dict[str, torch.Tensor]:
     """Everything that decides how a run goes on."""
     tensors = {f"model.{k}": v for k, v in run.model.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in run.average.items()}
-    for name, parameter in run.model.named_parameters():
-        for key, value in run.optimiser.state[parameter].items():
+    for name, optimiser in run.optimiser_of.items():
+        for key, value in optimiser.state[run.learning[name]].items():
             tensors[f"{key}.{name}"] = value
     return tensors
 
 
 @pytest.mark.slow
-def test_a_run_halves_its_loss_and_resumes_bit_for_bit(config: TrainingConfig) -> None:
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_a_run_halves_its_loss_and_resumes_bit_for_bit(
+    config: TrainingConfig, tmp_path: Path, optimiser: str
+) -> None:
+    config = replace(config, optimiser=optimiser, output=str(tmp_path))
     run = Run(config)
     losses = [run.advance() for _ in range(100)]
     run.save()
@@ -171,6 +176,7 @@ def test_a_run_halves_its_loss_and_resumes_bit_for_bit(config: TrainingConfig) -
         ("output = 'o'\nexamples = 'e'\nsizes = [[100, 64]]\n", r"sizes has \(100, 64\)"),
         ("output = 'o'\nexamples = 'e'\nsteps = 'many'\n", "steps is 'many', but should be a who"),
         ("output = 'o'\nexamples = 'e'\nsteps = true\n", "steps is True, but should be a whole"),
+        ("output = 'o'\nexamples = 'e'\noptimiser = 'sgd'\n", "'sgd'; known are adamw, muon"),
         ("examples = \n", "can't be read as TOML"),
     ],
 )
@@ -180,6 +186,14 @@ def test_a_configuration_that_cannot_work_is_refused(text: str, words: str, tmp_
     with pytest.raises(SettingError, match=words):
         read_config(file)
     assert main([str(file)]) == 1
+
+
+def test_a_torch_without_muon_is_named(
+    config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_of_training, "Muon", run_of_training.NO_MUON)
+    with pytest.raises(SettingError, match=r"optimiser is muon.*Update torch"):
+        Run(replace(config, optimiser="muon"))
 
 
 def test_paths_are_relative_to_the_configuration(tmp_path: Path) -> None:
