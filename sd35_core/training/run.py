@@ -11,11 +11,10 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +34,11 @@ from ..whole_file import sweep, write_picture
 from .config import SAMPLES, TO_BE_TRAINED, TrainingConfig, check_output
 from .dataset import Examples, Size, read_examples_file, read_folder
 from .objective import crops, draw_timesteps, flow_loss
+from .optimisers import MOMENTS, Muon, optimisers
 from .trained import Trained
 
 log = logging.getLogger("sd35")
 MINUTE = 60.0
-MOMENTS = (("exp_avg", "exp_avg_sq"), ("momentum_buffer",))
-"""What AdamW keeps of a parameter, and what Muon does."""
-NO_MUON = type(None)
-Muon: Any = getattr(torch.optim, "Muon", NO_MUON)
 
 
 class Run:
@@ -320,40 +316,6 @@ class Run:
         self.write_model(model_file)
         self.draw_samples()
         log.info(f"stopped at step {self.step} of {config.steps}; wrote {model_file}")
-
-
-def optimisers(
-    learning: Mapping[str, nn.Parameter], config: TrainingConfig
-) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices in blocks and AdamW for the rest. Raises
-    SettingError for a torch without Muon."""
-    muon = config.optimiser == "muon"
-    if muon and Muon is NO_MUON:
-        raise SettingError(
-            f"optimiser is muon, which torch {torch.__version__} does not have yet; 2.9 does. "
-            "Update torch, or set optimiser to adamw."
-        )
-    matrices = [p for name, p in learning.items() if muon and p.ndim == 2 and "_block" in name]
-    chosen = set(map(id, matrices))
-    found: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [p for p in learning.values() if id(p) not in chosen],
-            lr=config.rate,
-            betas=(0.9, 0.99),
-            weight_decay=config.weight_decay,
-            fused=all(p.device.type in ("cpu", "cuda") for p in learning.values()),
-        )
-    ]
-    if matrices:
-        found.append(
-            Muon(
-                matrices,
-                lr=config.rate,
-                weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
-    return found
 
 
 @contextmanager

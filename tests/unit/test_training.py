@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from sd35_core.errors import CheckpointError, SettingError
 from sd35_core.network.layers import grid_positions
-from sd35_core.training import run as run_of_training
+from sd35_core.training import optimisers as of_training
 from sd35_core.training.__main__ import main
 from sd35_core.training.config import OPTIMISERS, TrainingConfig, read_config
 from sd35_core.training.objective import crops, draw_timesteps, flow_loss
@@ -191,7 +191,7 @@ def test_a_configuration_that_cannot_work_is_refused(text: str, words: str, tmp_
 def test_a_torch_without_muon_is_named(
     config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_of_training, "Muon", run_of_training.NO_MUON)
+    monkeypatch.setattr(of_training, "Muon", of_training.NO_MUON)
     with pytest.raises(SettingError, match=r"optimiser is muon.*Update torch"):
         Run(replace(config, optimiser="muon"))
 
