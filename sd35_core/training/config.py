@@ -66,8 +66,7 @@ class TrainingConfig:
     batch: int = 64
     accumulate: int = 1
     optimiser: str = "adamw"
-    """Or muon (Jordan et al. 2024), for the matrices in blocks: fewer steps, each a little
-    slower."""
+    """Or muon (Jordan et al. 2024), for the matrices in blocks: fewer steps do."""
     rate: float = 1e-3
     warm_up: int = 200
     cosine: bool = True

@@ -13,8 +13,7 @@ from .config import TrainingConfig
 
 MOMENTS = (("exp_avg", "exp_avg_sq"), ("momentum_buffer",))
 """What AdamW keeps of a parameter, and what Muon does."""
-NO_MUON = type(None)
-Muon: Any = getattr(torch.optim, "Muon", NO_MUON)
+Muon: Any = getattr(torch.optim, "Muon", None)
 
 
 def optimisers(
@@ -23,29 +22,20 @@ def optimisers(
     """AdamW for everything, or Muon for the matrices in blocks and AdamW for the rest. Raises
     SettingError for a torch without Muon."""
     muon = config.optimiser == "muon"
-    if muon and Muon is NO_MUON:
+    if muon and Muon is None:
         raise SettingError(
             f"optimiser is muon, which torch {torch.__version__} does not have yet; 2.9 does. "
             "Update torch, or set optimiser to adamw."
         )
-    matrices = [p for name, p in learning.items() if muon and p.ndim == 2 and "_block" in name]
-    chosen = set(map(id, matrices))
-    found: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [p for p in learning.values() if id(p) not in chosen],
-            lr=config.rate,
-            betas=(0.9, 0.99),
-            weight_decay=config.weight_decay,
-            fused=all(p.device.type in ("cpu", "cuda") for p in learning.values()),
-        )
-    ]
+    matrices, others = [], []
+    for name, parameter in learning.items():
+        of_muon = muon and parameter.ndim == 2 and "_block" in name
+        (matrices if of_muon else others).append(parameter)
+    settings: dict[str, Any] = {"lr": config.rate, "weight_decay": config.weight_decay}
+    fused = all(p.device.type in ("cpu", "cuda") for p in others)
+    found: list[torch.optim.Optimizer] = []
+    if others:
+        found.append(torch.optim.AdamW(others, betas=(0.9, 0.99), fused=fused, **settings))
     if matrices:
-        found.append(
-            Muon(
-                matrices,
-                lr=config.rate,
-                weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        found.append(Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings))
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from ..whole_file import sweep, write_picture
 from .config import SAMPLES, TO_BE_TRAINED, TrainingConfig, check_output
 from .dataset import Examples, Size, read_examples_file, read_folder
 from .objective import crops, draw_timesteps, flow_loss
-from .optimisers import MOMENTS, Muon, optimisers
+from .optimisers import MOMENTS, optimisers
 from .trained import Trained
 
 log = logging.getLogger("sd35")
@@ -223,7 +222,7 @@ class Run:
         fill(self.model, under(tensors, "model."), str(self.state_file), TO_BE_TRAINED)
         self.average = {k: v.to(self.device) for k, v in under(tensors, "average.").items()}
         for name, optimiser in self.optimiser_of.items():
-            of_muon = isinstance(optimiser, Muon)
+            of_muon = not isinstance(optimiser, torch.optim.AdamW)
             keys = [key for key in MOMENTS[of_muon] if f"{key}.{name}" in tensors]
             state = {key: tensors[f"{key}.{name}"].to(self.device) for key in keys}
             if state and not of_muon:
@@ -294,18 +293,19 @@ class Run:
         from tqdm import tqdm
 
         config, smooth, said = self.config, 0.0, time.monotonic()
-        watched = sys.stderr.isatty()
         sweep(Path(config.output) / SAMPLES)
         with (
             _until_interrupted() as interrupted,
-            tqdm(total=config.steps, initial=self.step, unit="step", disable=not watched) as bar,
+            tqdm(
+                total=config.steps, initial=self.step, unit="step", mininterval=1.0, disable=None
+            ) as bar,
         ):
             while self.step < config.steps and not interrupted():
                 loss = self.advance()
                 smooth = loss if smooth == 0 else 0.98 * smooth + 0.02 * loss
                 bar.update()
                 bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-                if not watched and time.monotonic() - said > MINUTE:
+                if bar.disable and time.monotonic() - said > MINUTE:
                     said = time.monotonic()
                     log.info(f"step {self.step} of {config.steps}, loss {smooth:.4f}")
                 if self.step % config.save_every == 0 and self.step < config.steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from sd35_core.encoders.text_encoder import END, START, tokenizer
 from sd35_core.errors import SD35Error, SettingError
 from sd35_core.pipeline import Pipeline
 from sd35_core.pipeline import main as draw
+from sd35_core.training import run as run_of_training
 from sd35_core.training.__main__ import main
 from sd35_core.training.config import read_config
 from sd35_core.training.dataset import read_folder, read_picture
@@ -132,6 +134,16 @@ def test_the_program_trains_on_a_folder_and_writes_a_checkpoint(program: Path) -
     assert network == read_config(program).network
 
 
+def test_where_nobody_watches_a_line_tells_how_far_it_is(
+    program: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(run_of_training, "MINUTE", -1.0)
+    with caplog.at_level("INFO", logger="sd35"):
+        assert main([str(program)]) == 0
+    said = [line for line in caplog.messages if re.fullmatch(r"step \d of 6, loss \d\.\d{4}", line)]
+    assert len(said) == 6
+
+
 def test_prompts_are_padded_as_asked_and_never_cut(
     program: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,10 +156,9 @@ def test_prompts_are_padded_as_asked_and_never_cut(
         return encode(self, tokens_l, *rest, **more)
 
     monkeypatch.setattr(Trained, "encode", watched)
-    with program.open("r+", encoding="utf-8") as file:
-        text = file.read()
-        file.seek(0)
-        file.write(text.replace("depth = 2", "prompt_tokens = 8\ncaption_dropout = 0.0\ndepth = 2"))
+    text = program.read_text(encoding="utf-8")
+    text = text.replace("depth = 2", "prompt_tokens = 8\ncaption_dropout = 0.0\ndepth = 2")
+    program.write_text(text, encoding="utf-8")
     run = Run(read_config(program))
     for _ in range(12):
         run.advance()

@@ -191,7 +191,7 @@ def test_a_configuration_that_cannot_work_is_refused(text: str, words: str, tmp_
 def test_a_torch_without_muon_is_named(
     config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(of_training, "Muon", of_training.NO_MUON)
+    monkeypatch.setattr(of_training, "Muon", None)
     with pytest.raises(SettingError, match=r"optimiser is muon.*Update torch"):
         Run(replace(config, optimiser="muon"))
 
