@@ -25,7 +25,7 @@ from ..encoders.autoencoder import PixelSpace
 from ..encoders.described import load_encoders
 from ..encoders.t5 import t5_tokenizer
 from ..encoders.text_encoder import columns_used, tokenizer
-from ..errors import SettingError
+from ..errors import CheckpointError, SettingError
 from ..network.controlnet import CONTROL_TYPES
 from ..network.latent import to_model
 from ..pipeline import MODEL, STATE, Pipeline, Settings, load_vae
@@ -224,6 +224,11 @@ class Run:
         for name, optimiser in self.optimiser_of.items():
             of_muon = not isinstance(optimiser, torch.optim.AdamW)
             keys = [key for key in MOMENTS[of_muon] if f"{key}.{name}" in tensors]
+            if keys and len(keys) < len(MOMENTS[of_muon]):
+                raise CheckpointError(
+                    f"'{self.state_file}' does not fit {TO_BE_TRAINED}: of the moments of '{name}' "
+                    f"it has {keys[0]} alone. Choose another 'output', or begin again."
+                )
             state = {key: tensors[f"{key}.{name}"].to(self.device) for key in keys}
             if state and not of_muon:
                 state["step"] = torch.tensor(float(self.step))

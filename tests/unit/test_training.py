@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sd35_core.checkpoint.tensor_file import read_file
 from sd35_core.errors import CheckpointError, SettingError
 from sd35_core.network.layers import grid_positions
 from sd35_core.training import optimisers as of_training
@@ -252,6 +253,13 @@ def test_a_state_that_does_not_fit_is_refused(config: TrainingConfig, tmp_path: 
     other = Run(replace(config, output=str(tmp_path), depth=3))
     with pytest.raises(CheckpointError, match=r"state.safetensors' does not fit"):
         other.resume()
+    run.advance()
+    run.save()
+    tensors, metadata = read_file(run.state_file)
+    del tensors[next(key for key in tensors if key.startswith("exp_avg_sq."))]
+    save_file(tensors, run.state_file, metadata)
+    with pytest.raises(CheckpointError, match=r"does not fit .*it has exp_avg alone"):
+        Run(run.config).resume()
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "model.safetensors", "samples/000100.png"])
