@@ -13,6 +13,7 @@ from .quantize import SD35Quantize
 from .sampler import SD35Sampler, SD35Sigmas
 from .step_cache import SD35StepCache
 from .sweep import SD35SkipLayerSweep
+from .upscale import SD35Upscale
 
 
 class SD35Extension(ComfyExtension):
@@ -34,6 +35,7 @@ class SD35Extension(ComfyExtension):
             SD35ControlHint,
             SD35StepCache,
             SD35SkipLayerSweep,
+            SD35Upscale,
             SD35Quantize,
             SD35Check,
         ]

@@ -1,6 +1,6 @@
 """Pictures of the nodes for their help pages, taken in the real front end.
 
-    python tools/screenshots.py
+    python tools/screenshots.py [WORKFLOW ...]
 
 writes web/docs/<node id>.png; each node as it stands in a workflow that has been run.
 """
@@ -27,6 +27,7 @@ SHOWN_IN = {
     "check": ["SD35Check"],
     "sweep": ["SD35SkipLayerSweep"],
     "quantize": ["SD35Quantize"],
+    "upscale": ["SD35Upscale"],
 }  # fmt: skip
 """Workflow -> its nodes; what it lacks is put in."""
 NOT_RUN = {"quantize"}
@@ -81,14 +82,14 @@ def main() -> int:
 
     with host.Server(found) as server, browser.canvas(server.url) as page:
         page.set_viewport_size({"width": 1600, "height": 1200})
-        for workflow, kinds in SHOWN_IN.items():
+        for workflow in sys.argv[1:] or SHOWN_IN:
             path = host.PACK / "workflows" / f"{workflow}.json"
             browser.load(page, json.loads(path.read_text(encoding="utf-8")))
             if workflow == "text_to_image":
                 page.evaluate(PUT_IN)
             if workflow not in NOT_RUN:
                 browser.run(page)
-            for kind in kinds:
+            for kind in SHOWN_IN[workflow]:
                 with Image.open(io.BytesIO(picture(page, kind))) as image:
                     small = image.quantize(128)
                     write_picture(DOCS / f"{kind}.png", small, replace=True, optimize=True)

@@ -1,6 +1,6 @@
 """Make the canvas twins of workflows/api/*.json in the real front end, and their thumbnails.
 
-    python tools/workflows.py
+    python tools/workflows.py [NAME ...]
 
 Nodes keep the ids of the API file; columns follow the links from left to right. Workflows for
 models that are downloaded name their files' addresses, so that ComfyUI offers to get them; their
@@ -101,6 +101,11 @@ NOTES = {
     "*near is bright*.",
     "controlnet_two": "### Two at once\nEach *Apply* adds its ControlNet to those before. "
     "Together they steer more strongly, so both have less than strength 1.",
+    "upscale": "### Larger\nThe picture is made four times as wide and high, and *SD3.5 Upscale* "
+    "draws its details anew, in tiles of the size that the model draws well. The blur ControlNet "
+    "keeps it faithful; **denoise** says how much is invented.\n\nFor your own picture put *Load "
+    "Image* in the place of *VAE Decode*, and say in the prompt what it shows. With SD3.5 Large "
+    "take its blur ControlNet and tiles of 1024.",
     "medium": "### SD3.5 Medium\nStability AI's recipe: 50 steps, cfg 5, dpmpp_2m, shift 3.\n\n"
     + FILES.format(files="*sd3.5_medium* in models/checkpoints"),
     "medium_skip_layers": "### SD3.5 Medium + Skip Layer Guidance\nGuides away from what the model "
@@ -309,7 +314,12 @@ def main() -> int:
     from tools import browser
 
     paths = sorted((FOLDER / "api").glob("*.json"))
-    prompts = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    wanted = sys.argv[1:] or [path.stem for path in paths]
+    prompts = {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in paths
+        if path.stem in wanted
+    }
     with host.Server(found) as server:
         for name, prompt in prompts.items():
             caption = CAPTION if files_of(prompt) else ""

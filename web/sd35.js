@@ -9,10 +9,10 @@ import { element } from "./lib/dom.js";
 import { toldApart } from "./lib/namesake.js";
 import { layersPanel, refusedPanel, samplerPanel } from "./lib/panels.js";
 
-const HEIGHTS = { SD35Sampler: 244, SkipLayerGuidance: 122 };
+const HEIGHTS = { SD35Sampler: 244, SD35Upscale: 244, SkipLayerGuidance: 122 };
 const LOADERS = ["SD35Loader", "SD35ModelLoader"];
 const WATCHED = [
-    ...LOADERS, "SD35Sampler", "SkipLayerGuidance", "SD35ControlNetApply",
+    ...LOADERS, "SD35Sampler", "SD35Upscale", "SkipLayerGuidance", "SD35ControlNetApply",
     "SD35ControlNetLoader", "SD35StepCache",
 ];
 const RECIPE = "sd35_recipe";
@@ -141,7 +141,7 @@ const PARTS = {
     refused: (node, state) => refusedPanel(state),
     layers: (node, state) => layersPanel(state, { set: (layers) => write(node, { layers }) }),
     sampler: (node, state) =>
-        samplerPanel(state, board.recipes, {
+        samplerPanel(node.comfyClass, state, board.recipes, {
             choose: (key) => apply(node, state, key),
             restore: () => apply(node, state, state.recipe),
         }),

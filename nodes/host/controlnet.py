@@ -11,7 +11,6 @@ from typing import Any
 
 import comfy.controlnet
 import comfy.latent_formats
-import comfy.ldm.modules.diffusionmodules.mmdit
 import comfy.model_management
 import comfy.ops
 import comfy.utils
@@ -28,12 +27,12 @@ from ...sd35_core.network.latent import PIXELS
 from ...sd35_core.network.layers import grid_positions
 from ...sd35_core.network.mmditx import padded_latent
 from ...sd35_core.packing.formats import is_packed
+from ...sd35_core.sampling.tiles import Tiling
 from . import packed, processor
+from .control_base import Base, base_of, check_fit
 from .loading import by_the_host
-from .network import HostMMDiTX, network_in
-
-StockMMDiT = comfy.ldm.modules.diffusionmodules.mmdit.MMDiT
-
+from .network import TILES, TilesOfBatch, network_in
+from .tiles import in_pixels
 
 STABILITY, COMFYUI = "Stability AI", "ComfyUI"
 
@@ -68,8 +67,13 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
             model, compression_ratio=1, latent_format=comfy.latent_formats.SD3(), **managed
         )
         self.options, self.path = options, path
+        self.tile_hints: tuple[Tiling, list[Tensor]] | None = None
         self.sampled: Callable[[], Any] = lambda: None
         """The model that is being sampled, from `pre_run` on."""
+
+    def cleanup(self) -> None:
+        super().cleanup()
+        self.tile_hints = None
 
     def copy(self) -> SD35ControlNet:
         other = SD35ControlNet(
@@ -113,16 +117,21 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
             )
         if self.strength == 0 or not self.acts_at(float(t[0])):
             return previous
+        tiles = transformer_options.get(TILES)
         base = self.base()
         dtype = self.manual_cast_dtype or self.control_model.dtype
         x = self.model_sampling_current.calculate_input(t, x_noisy).to(dtype)
         timestep = self.model_sampling_current.timestep(t)
+        if tiles is not None and tiles.whole_table:
+            network = network_in(self.sampled())
+            positions = network.tile_positions(x, tiles)
+            base = replace(base, embed=lambda x: network.embed(x, positions))
         residuals = self.control_model(
             base,
             x,
             timestep.to(dtype) if self.options.as_comfyui else timestep.float(),
             cond["y"].to(x),
-            self.hint_for(x, batched_number),
+            self.hint_for(x, batched_number, tiles),
             lambda q, k, v, _: processor.chosen_attention()(
                 q, k, v, q.shape[1], skip_reshape=True, transformer_options=transformer_options
             ),
@@ -147,17 +156,40 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
             axes.append(torch.linspace(7.5 - reach, 7.5 + reach, side))
         return tokens + grid_positions(axes[0], axes[1], self.config.hidden).to(tokens)
 
-    def hint_for(self, x: Tensor, chunks: int) -> Tensor:
-        """The hint as latents for the rows of x; encoded once for each size."""
+    def hint_for(self, x: Tensor, chunks: int, tiles: TilesOfBatch | None = None) -> Tensor:
+        """The hint as latents for the rows of x; encoded once for each size, or tile."""
+        pictures = len(x) // chunks
+        if tiles is not None:
+            pictures //= len(tiles.numbers)
+            parts = [self.hint_of_tile(tiles.tiling, number).to(x) for number in tiles.numbers]
+            hint = torch.cat([self.for_pictures(part, pictures) for part in parts])
+            return hint.repeat(chunks, 1, 1, 1)
         if self.cond_hint is None or self.cond_hint.shape[2:] != x.shape[2:]:
-            self.cond_hint = self.encoded(x.shape[2], x.shape[3]).to(x)
-        hint, pictures = self.cond_hint, len(x) // chunks
+            self.cond_hint = self.encoded(self.hint_at(x.shape[2], x.shape[3])).to(x)
+        return self.for_pictures(self.cond_hint, pictures).repeat(chunks, 1, 1, 1)
+
+    def hint_of_tile(self, tiling: Tiling, number: int) -> Tensor:
+        """The latents of a tile's part of the hint; all tiles' are made together, once."""
+        if self.tile_hints is None or self.tile_hints[0] != tiling:
+            seen = self.hint_at(*tiling.whole)
+            pixels = in_pixels(tiling)
+            self.tile_hints = (
+                tiling,
+                [
+                    self.encoded(pixels.cut(seen.movedim(-1, 1), n).movedim(1, -1))
+                    for n in range(len(tiling))
+                ],
+            )
+        return self.tile_hints[1][number]
+
+    def for_pictures(self, hint: Tensor, pictures: int) -> Tensor:
+        """A hint (N, ...) for so many pictures, where N is 1 or as many."""
         if len(hint) not in (1, pictures):
             raise SettingError(
                 f"The ControlNet got {len(hint)} pictures for {pictures} latents. Give it one, or "
                 "one for each latent."
             )
-        return hint.expand(pictures, -1, -1, -1).repeat(chunks, 1, 1, 1)
+        return hint.expand(pictures, -1, -1, -1)
 
     def seen_by_vae(self, hint: Tensor) -> Tensor:
         """What the VAE sees of a hint (B, H, W, 3) in 0..1."""
@@ -165,18 +197,21 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
             return 255 * hint
         return vae_input(hint, self.config.kind, self.config.control_type, self.options.near)
 
-    def encoded(self, rows: int, columns: int) -> Tensor:
-        """The hint's latents (B, 16, rows, columns) on the model's scale."""
+    def hint_at(self, rows: int, columns: int) -> Tensor:
+        """What the VAE is to see of the hint for a latent of so many cells, (B, H, W, 3)."""
+        size = (columns * PIXELS, rows * PIXELS)
+        method = "nearest-exact" if self.config.control_type == "canny" else "bicubic"
+        scaled = comfy.utils.common_upscale(self.cond_hint_original, *size, method, "center")
+        return self.seen_by_vae(rgb(scaled.movedim(1, -1)).clamp(0, 1))
+
+    def encoded(self, seen: Tensor) -> Tensor:
+        """Latents (B, 16, H / 8, W / 8), on the model's scale, of what the VAE is to see."""
         if self.vae is None:
             raise SettingError(
                 "An SD3.5 ControlNet reads its picture through the VAE, and none is connected. "
                 "Connect the VAE output of SD35Loader to the node that applies the ControlNet."
             )
-        size = (columns * PIXELS, rows * PIXELS)
-        method = "nearest-exact" if self.config.control_type == "canny" else "bicubic"
-        scaled = comfy.utils.common_upscale(self.cond_hint_original, *size, method, "center")
-        picture = rgb(scaled.movedim(1, -1)).clamp(0, 1)
-        seen = self.seen_by_vae(picture)
+        rows, columns = (side // PIXELS for side in seen.shape[1:3])
         loaded = comfy.model_management.loaded_models(only_currently_used=True)
         latents = self.vae.encode((seen + 1) / 2)
         # the host may list a model of which only the weights are left
@@ -188,19 +223,6 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
                 "Connect SD3.5's VAE."
             )
         return self.latent_format.process_in(latents)
-
-
-@dataclass(frozen=True)
-class Base:
-    """What a ControlNet needs of the model that it steers."""
-
-    x_embedder: Callable[[Tensor], Tensor]
-    embed: Callable[[Tensor], Tensor]
-    """Patches of a latent by the `x_embedder`, with positions."""
-    y_embedder: Callable[[Tensor], Tensor]
-    depth: int
-    hidden: int
-    pooled_dim: int
 
 
 def steered(
@@ -231,60 +253,6 @@ def steered(
         [[text, {**extra, "control": control(extra.get("control")), **own}] for text, extra in rows]
         for rows in prompts
     ]
-
-
-def base_of(network: Any, dtype: torch.dtype) -> Base:
-    """Of our model or the host's own, which computes in `dtype`, whatever the ControlNet does.
-
-    Raises SettingError for one that isn't SD3.
-    """
-
-    def own(layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: layer(x.to(dtype)).to(x.dtype)
-
-    if isinstance(network, HostMMDiTX):
-        config = network.config
-        return Base(
-            own(network.x_embedder),
-            own(network.embed),
-            own(network.y_embedder),
-            config.depth,
-            config.hidden,
-            config.pooled_dim,
-        )
-    if not isinstance(network, StockMMDiT):
-        raise SettingError(
-            f"This ControlNet is for Stable Diffusion 3.5, but the model is a "
-            f"{type(network).__name__}. Use a ControlNet made for that model, or load SD3.5."
-        )
-
-    def embed(x: Tensor) -> Tensor:
-        positions = network.cropped_pos_embed(x.shape[-2:], device=x.device)
-        return network.x_embedder(x) + positions.to(x)
-
-    hidden, pooled_dim = network.y_embedder.mlp[0].weight.shape
-    depth = len(network.joint_blocks)
-    return Base(
-        own(network.x_embedder), own(embed), own(network.y_embedder), depth, hidden, pooled_dim
-    )
-
-
-def check_fit(config: ControlNetConfig, base: Base) -> None:
-    """Raise SettingError or CheckpointError unless the ControlNet was made for a base like this."""
-    names = {2432: "SD3.5 Large", 1536: "SD3.5 Medium"}
-    if config.hidden != base.hidden:
-        raise SettingError(
-            f"The ControlNet is for a model of width {config.hidden} "
-            f"({names.get(config.hidden, 'not published')}), but the model has "
-            f"{base.hidden} ({names.get(base.hidden, 'not published')}). Choose the ControlNet "
-            "made for this model."
-        )
-    if config.kind == "8b" and config.pooled_dim != base.pooled_dim:
-        raise SettingError(
-            f"The ControlNet takes a pooled text {config.pooled_dim} wide, the model's is "
-            f"{base.pooled_dim}. Choose the ControlNet made for this model."
-        )
-    config.spread(base.depth)
 
 
 def from_loader(control_net: Any) -> SD35ControlNet:

@@ -26,7 +26,8 @@ from ...sd35_core.workflow.reader import setups
 from ...sd35_core.workflow.setup import Control, Latent, Model, Prompt, Setup, Skip
 from ...sd35_core.workflow.workflow_file import api_graph
 from . import files
-from .controlnet import SD35ControlNet, StockMMDiT
+from .control_base import StockMMDiT
+from .controlnet import SD35ControlNet
 from .guidance import SKIPS
 from .network import HostMMDiTX, network_in
 from .report import log

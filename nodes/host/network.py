@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_base
 import comfy.supported_models
@@ -18,6 +18,7 @@ from ...sd35_core.network.config import MMDiTXConfig
 from ...sd35_core.network.layers import Attend, JointBlock
 from ...sd35_core.network.mmditx import MMDiTX, Twin
 from ...sd35_core.network.modulation_cache import ModulationCache, most_values
+from ...sd35_core.sampling.tiles import Tiling
 from . import processor
 
 TransformerOptions = dict[str, Any]
@@ -29,8 +30,22 @@ A source is a cond's uuid and the place of its list among the lists that run tog
 gives copies of a cond in other lists the same uuid."""
 MODULATIONS = "sd35_modulations"
 """In transformer_options: the batch's modulations, where they are known."""
+TILES = "sd35_tiles"
+"""In transformer_options: the tiles of a larger latent that are the batch's rows."""
 SKIPPED = "sd35_skipped_layers"
 """In transformer_options: layers that every row skips."""
+
+
+class TilesOfBatch(NamedTuple):
+    """A batch holds `rows` rows of the first tile, then as many of the next one, for each prompt.
+
+    whole_table: whether a tile's positions are its place in the whole picture.
+    """
+
+    tiling: Tiling
+    numbers: tuple[int, ...]
+    rows: int
+    whole_table: bool
 
 
 class HostMMDiTX(MMDiTX):
@@ -78,8 +93,25 @@ class HostMMDiTX(MMDiTX):
             run_block=partial(self._run_block, options),
             residuals=(control or {}).get("output", ()),
             twins=twins_of(len(x), options),
+            positions=self.tile_positions(x, options.get(TILES)),
             modulations=options.get(MODULATIONS),
         )
+
+    def tile_positions(self, x: Tensor, tiles: TilesOfBatch | None) -> Tensor | None:
+        """Positions of the rows of x, (B, N, hidden), where they are the tiles' places in the
+        whole picture; None where each tile is a picture by itself."""
+        if tiles is None or not tiles.whole_table:
+            return None
+        patch = self.config.patch_size
+        sides = [side // patch for side in tiles.tiling.whole]
+        table = self.positions(sides[0], sides[1]).unflatten(1, sides).movedim(-1, 1)
+        size = [side // patch for side in tiles.tiling.size]
+        found = []
+        for number in tiles.numbers:
+            top, left = (place // patch for place in tiles.tiling.corners[number])
+            part = table[:, :, top : top + size[0], left : left + size[1]]
+            found.append(part.flatten(2).transpose(1, 2).expand(tiles.rows, -1, -1))
+        return torch.cat(found).repeat(len(x) // (tiles.rows * len(found)), 1, 1)
 
     def _checked(
         self, x: Tensor, context: Tensor | None, y: Tensor | None

@@ -49,10 +49,12 @@ def sample(
     latent: HostLatent,
     seed: int,
     cfg: float,
-    sampler: str,
+    sampler: Any,
     sigmas: Tensor,
 ) -> HostLatent:
     """A LATENT denoised along `sigmas`; noise on the CPU from `seed`, as the host makes it.
+
+    sampler: the name of one of ours, or the host's SAMPLER.
 
     Raises SettingError when the latent, or every picture of the result, is not finite; pictures
     that are broken beside whole ones are a warning.
@@ -78,7 +80,7 @@ def sample(
             model,
             noise,
             cfg,
-            comfy.samplers.KSAMPLER(SAMPLERS[sampler]),
+            comfy.samplers.KSAMPLER(SAMPLERS[sampler]) if isinstance(sampler, str) else sampler,
             sigmas,
             positive,
             negative,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .guidance import SkipLayers
 from .schedules import DEFAULT_SHIFT
@@ -29,8 +30,24 @@ class Fits:
 
 
 @dataclass(frozen=True)
+class Enlarging:
+    """What a recipe for enlarging sets beside the sampler; tile and overlap in pixels.
+
+    strength, end: of a ControlNet, where there is one.
+    """
+
+    factor: float
+    denoise: float
+    tile: int = 1024
+    overlap: int = 128
+    strength: float = 0.8
+    end: float = 0.8
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """One model's settings. Source: Stability AI's reference code and model cards."""
+    """One model's settings. Source: Stability AI's reference code and model cards; those for
+    enlarging are this pack's own."""
 
     name: str
     steps: int
@@ -39,6 +56,7 @@ class Recipe:
     sampler: str = "dpmpp_2m"
     schedule: str = "normal"
     skip_layers: SkipLayers | None = None
+    enlarging: Enlarging | None = None
     fits: Fits = Fits()
 
 
@@ -68,6 +86,26 @@ RECIPES = {
     "sd3_medium": Recipe("SD3 Medium", steps=50, cfg=5.0, shift=1.0),
 }  # fmt: skip
 """By key; `sd35_nano` is the model that comes with the pack. With Skip Layer Guidance: `_slg`."""
+
+_FREELY = ((2, 0.35), (4, 0.3))
+_FAITHFULLY = ((2, 0.6), (4, 0.6))
+"""With the blur ControlNet: (factor, denoise)."""
+
+
+def _enlarging(key: str, denoise: tuple[tuple[int, float], ...], **other: Any) -> None:
+    for factor, share in denoise:
+        RECIPES[f"{key}_{factor}x"] = replace(
+            RECIPES[key],
+            name=f"{factor} times larger: {RECIPES[key].name}",
+            enlarging=Enlarging(factor, share, **other),
+        )
+
+
+_enlarging("sd35_nano", ((2, 0.5), (4, 0.5)), tile=128, overlap=32, strength=1.0, end=1.0)
+_enlarging("sd3.5_medium", _FREELY)
+_enlarging("sd3.5_medium_slg", _FREELY)
+_enlarging("sd3.5_large", _FREELY)
+_enlarging("sd3.5_large_blur", _FAITHFULLY)
 
 NANO, TURBO = "sd35_nano", "sd3.5_large_turbo"
 

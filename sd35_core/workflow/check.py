@@ -14,6 +14,7 @@ from .rules.controls import about_controls
 from .rules.inputs import about_encoders, about_latent, about_prompts
 from .rules.model import about_loras, about_model, about_other_nodes, about_vae
 from .rules.sampling import about_denoise, about_sampling, about_skipped_layers
+from .rules.upscaling import about_upscaling
 from .setup import SD3, Setup
 from .workflow_file import api_graph
 
@@ -88,6 +89,7 @@ _RULES: tuple[Rule, ...] = (
     about_prompts,
     about_encoders,
     about_latent,
+    about_upscaling,
     about_vae,
     about_loras,
     about_other_nodes,

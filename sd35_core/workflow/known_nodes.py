@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..network.latent import LATENT_CHANNELS
-from .own_nodes import LOADER, SAMPLER, STEP_CACHE, SWEEP
+from .own_nodes import LOADER, SAMPLER, STEP_CACHE, SWEEP, UPSCALE
 
 THEIR_WIDGETS = (
     "model_name", "weight_dtype", "clip_name1", "clip_name2_opt", "clip_name3_opt", "vae_name",
@@ -89,7 +89,7 @@ LOADERS = {
 }
 """Class -> the widget that names the model, and where the file is."""
 SAMPLER_NODES = {
-    *(SAMPLER, SWEEP),
+    *(SAMPLER, SWEEP, UPSCALE),
     *("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced"),
     *("ClownsharKSampler", "ClownsharKSampler_Beta"),
 }

@@ -8,6 +8,9 @@ from __future__ import annotations
 LOADER, ALIAS = "SD35Loader", "SD35ModelLoader"
 """Our loader's id, which RES4LYF's has as well, and the one under which ours is there too."""
 CHECK, SAMPLER, SWEEP = "SD35Check", "SD35Sampler", "SD35SkipLayerSweep"
+UPSCALE = "SD35Upscale"
+OWN_TABLE, WHOLE_TABLE = "own", "of the whole"
+"""Where the upscaler's tiles take their positions from."""
 SKIP, STEP_CACHE = "SkipLayerGuidance", "SD35StepCache"
 NAMES = {
     LOADER: "SD3.5 Loader",
@@ -20,6 +23,7 @@ NAMES = {
     "SD35ControlHint": "SD3.5 Control Hint",
     STEP_CACHE: "SD3.5 Step Cache (approximate)",
     SWEEP: "SD3.5 Skip Layer Sweep",
+    UPSCALE: "SD3.5 Upscale",
     "SD35Quantize": "SD3.5 Quantize",
     CHECK: "SD3.5 Check",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from ..errors import SettingError
@@ -15,7 +16,7 @@ from ..sampling.guidance import SkipLayers, parse_layers
 from ..sampling.recipes import LAYER_PRESETS, RECIPES, Recipe, layers_text
 from .check import findings
 from .graph import Budget, TooLargeError
-from .own_nodes import LOADER, SAMPLER, SKIP
+from .own_nodes import LOADER, SAMPLER, SKIP, UPSCALE
 from .reader import FindFile, Reader
 from .setup import Setup
 from .workflow_file import api_graph, parsed
@@ -29,11 +30,16 @@ CHOSEN = "sd35_recipe"
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as widgets: those of the sampler, and those of Skip Layer Guidance."""
+    """A recipe as widgets: those of the node that samples, and those of Skip Layer Guidance."""
     values = {name: getattr(recipe, name) for name in SETTINGS}
-    skip = recipe.skip_layers
+    skip, enlarging = recipe.skip_layers, recipe.enlarging
     widgets = {"scale": 0.0} if skip is None else skip_values(skip)
-    return {"name": recipe.name, "sampler": values, "skip": widgets}
+    return {
+        "name": recipe.name,
+        "node": UPSCALE if enlarging else SAMPLER,
+        "sampler": {**values, **(asdict(enlarging) if enlarging else {})},
+        "skip": widgets,
+    }
 
 
 def skip_values(skip: SkipLayers) -> dict[str, Any]:
@@ -73,7 +79,8 @@ def sampler_panel(reader: Reader, key: str) -> dict[str, Any]:
     chain = list(reader.chain(key, "model", "model1"))
     skips = [k for k in chain if reader.kind(k) == SKIP]
     likely, chosen = likely_recipe(setup), reader.graph[key]["properties"].get(CHOSEN)
-    recipe = _with_skips(chosen, setup) if isinstance(chosen, str) and chosen in RECIPES else likely
+    own = isinstance(chosen, str) and chosen in RECIPES and fits_node(RECIPES[chosen], setup)
+    recipe = _with_skips(chosen, setup) if own else likely
     return {
         "recipe": recipe,
         "model_recipe": likely,
@@ -91,7 +98,16 @@ def likely_recipe(setup: Setup) -> str | None:
     recipe = setup.model.recipe if setup.model else None
     kinds = [control.control_type for control in setup.controls]
     with_control = f"{recipe}_{kinds[0]}" if kinds else ""
-    return _with_skips(with_control if with_control in RECIPES else recipe, setup)
+    found = _with_skips(with_control if with_control in RECIPES else recipe, setup)
+    if setup.upscaling is None:
+        return found
+    larger = f"{found}_{4 if (setup.upscaling.factor or 0) > 3 else 2}x"
+    return larger if larger in RECIPES else None
+
+
+def fits_node(recipe: Recipe, setup: Setup) -> bool:
+    """Whether a recipe is for a node that enlarges, and the node does; or neither."""
+    return (recipe.enlarging is None) == (setup.upscaling is None)
 
 
 def _with_skips(recipe: str | None, setup: Setup) -> str | None:
@@ -147,6 +163,7 @@ def skip_panel(reader: Reader, key: str) -> dict[str, Any]:
 
 PANELS: dict[str, tuple[str, Callable[[Reader, str], dict[str, Any]]]] = {
     SAMPLER: ("sampler", sampler_panel),
+    UPSCALE: ("sampler", sampler_panel),
     SKIP: ("layers", skip_panel),
 }
 """Class of a node -> the kind of its panel, and what is on it."""

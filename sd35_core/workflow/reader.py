@@ -10,13 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..network.latent import LATENT_CHANNELS
 from ..sampling.schedules import DEFAULT_SHIFT
 from .graph import Budget, Graph, Link, TooLargeError
 from .headers import LoraFile, control_in, lora_in, model_in, model_named, vae_channels
 from .known_nodes import (
     CACHES,
-    EMPTY_LATENTS,
     FAILING,
     IDLE,
     IDLE_ON_PROMPTS,
@@ -29,12 +27,11 @@ from .known_nodes import (
     SKIPS_OF_THE_HOST,
     STOCK_CONTROLNET_LOADERS,
     TEXT_LOADERS,
-    VIDEO_LATENTS,
     is_theirs,
 )
-from .links import Links
-from .own_nodes import LOADER, NAMES, NEED_OUR_MODEL, SAMPLER, SKIP, SWEEP
-from .setup import Control, Encoders, Latent, Lora, Model, Prompt, Sampling, Setup, Skip
+from .latents import Latents
+from .own_nodes import LOADER, NAMES, NEED_OUR_MODEL, SAMPLER, SKIP, SWEEP, UPSCALE
+from .setup import Control, Encoders, Lora, Model, Prompt, Sampling, Setup, Skip
 
 FindFile = Callable[[str, str], "Path | None"]
 """(folder, name) -> the file that a widget names."""
@@ -51,13 +48,12 @@ def setups(graph: Graph, find_file: FindFile, budget: Budget | None = None) -> d
     }
 
 
-class Reader(Links):
+class Reader(Latents):
     """Reads what leads into a sampler; `find_file` finds the files that widgets name."""
 
     def __init__(self, graph: Graph, find_file: FindFile, budget: Budget | None = None):
         super().__init__(graph, budget)
         self.find_file = cache(find_file)
-        self._latents: dict[Link, Latent | None] = {}
 
     def setup(self, sampler: str) -> Setup:
         """What leads into one sampler."""
@@ -74,6 +70,8 @@ class Reader(Links):
             [key for key in keys if "control_net" in self.graph[key]["inputs"]]
             for keys in (way, other_way)
         )
+        if self.kind(sampler) == UPSCALE and self.link(sampler, "control_net"):
+            controlled, also_controlled = [*controlled, sampler], [*also_controlled, sampler]
         kinds = [self.kind(key) for key in chain]
         idle = {**IDLE, **({} if model is None or model.own else IDLE_ON_STOCK)}
         return Setup(
@@ -87,7 +85,8 @@ class Reader(Links):
                 replace(self.control(key), on_both=key in also_controlled or negative is None)
                 for key in few("ControlNets", controlled)
             ),
-            latent=self.latent(self.link(sampler, "latent") or self.link(sampler, "latent_image")),
+            latent=self.sampled(sampler),
+            upscaling=self.upscaling(sampler),
             loras=few("LoRAs", self.loras(chain, model)),
             vae_channels=self.vae(sampler),
             vae_name=self.vae_name(sampler),
@@ -129,7 +128,7 @@ class Reader(Links):
 
     def sampling(self, sampler: str, source: str, chain: list[str]) -> Sampling:
         """The widgets of whichever nodes make the steps."""
-        own = self.kind(sampler) in (SAMPLER, SWEEP)
+        own = self.kind(sampler) in (SAMPLER, SWEEP, UPSCALE)
         sigmas = self.link(sampler, "sigmas")
         steps = sigmas[0] if sigmas else sampler
         chosen = self.link(sampler, "sampler")
@@ -229,47 +228,10 @@ class Reader(Links):
             facts,
             by_stock_loader=stock,
             strength=self.number(key, "strength"),
-            start=self.number(key, "start", "start_percent"),
+            start=0.0 if self.kind(key) == UPSCALE else self.number(key, "start", "start_percent"),
             end=self.number(key, "end", "end_percent"),
             vae=self.vae_of(key) != 0,
         )
-
-    def latent(self, link: Link | None) -> Latent | None:
-        """Where the latent comes from; None where that can't be told."""
-        names = ("samples", "latent", "latent_image")
-        way: dict[Link, None] = {}
-        while link is not None and link not in self._latents and link not in way:
-            self.budget.spend()
-            way[link] = None
-            key = link[0]
-            link = next((found for name in names if (found := self.link(key, name))), None)
-        found = None if link is None else self._latents.get(link)
-        for link in reversed(way):
-            found = self._latents[link] = self._latent_from(link[0], found)
-        return found
-
-    def _latent_from(self, key: str, before: Latent | None) -> Latent | None:
-        """What a node makes of the latent before it."""
-        kind = self.kind(key)
-        width, height = (self.whole(key, side) for side in ("width", "height"))
-        if kind in EMPTY_LATENTS:
-            batch = self.whole(key, "batch_size") or 1
-            return Latent(width, height, batch, EMPTY_LATENTS[kind], empty=True)
-        if kind in VIDEO_LATENTS:
-            return Latent(width, height, empty=True, video=kind)
-        if kind in ("VAEEncode", "VAEEncodeTiled"):
-            return Latent(empty=False)
-        if kind in ("VAEEncodeForInpaint", "InpaintModelConditioning"):
-            return Latent(empty=False, masked=True)
-        if before is None:
-            return Latent(empty=False) if kind in SAMPLER_NODES else None
-        if kind == "SetLatentNoiseMask":
-            return replace(before, masked=True)
-        if kind in SAMPLER_NODES:
-            return replace(before, empty=False, channels=LATENT_CHANNELS)
-        if kind == "LatentUpscale":
-            return replace(before, width=width, height=height)
-        return replace(before, width=None, height=None, batch=None, empty=None)
 
     def loras(self, chain: list[str], model: Model | None) -> Iterator[Lora]:
         for key in chain:

@@ -146,6 +146,20 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Upscaling:
+    """What an upscaler's widgets say, in pixels; `longest` is the result's longer side.
+
+    whole_table: whether tiles take their positions from the place in the whole picture.
+    """
+
+    factor: float | None = None
+    longest: int | None = None
+    tile: int | None = None
+    overlap: int | None = None
+    whole_table: bool = False
+
+
+@dataclass(frozen=True)
 class Setup:
     """Everything that leads into one sampler."""
 
@@ -158,6 +172,8 @@ class Setup:
     controls: tuple[Control, ...] = ()
     latent: Latent | None = None
     loras: tuple[Lora, ...] = ()
+    upscaling: Upscaling | None = None
+    """Of a sampler that enlarges; its latent is then a tile's."""
     vae_channels: int | None = None
     """Of the VAE that decodes; 0 where there is none."""
     vae_name: str | None = None

@@ -148,5 +148,6 @@ def test_help_pages_are_served_for_every_node(server: hosts.Server) -> None:
         "SD35Sampler",
         "SD35Sigmas",
         "SD35SkipLayerSweep",
+        "SD35Upscale",
         "SkipLayerGuidance",
     }

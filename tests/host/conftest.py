@@ -68,6 +68,8 @@ def comfy(comfyui: hosts.Host, base: Path) -> SimpleNamespace:
         quantize=module("quantize"),
         guidance=module("guidance"),
         sampler=module("sampler"),
+        upscale=module("upscale"),
+        tiles=module("host.tiles"),
     )
 
 

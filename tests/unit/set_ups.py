@@ -96,6 +96,24 @@ def ksampler(graph: Graph, scheduler: str = "normal") -> None:
     )  # fmt: skip
 
 
+def upscale(control: str = "", **inputs: Any) -> Change:
+    """SD35Upscale in the sampler's place, with a ControlNet if one is named."""
+
+    def change(graph: Graph) -> None:
+        old = graph["5"]["inputs"]
+        links = ("model", "positive", "negative")
+        widgets = ("seed", "steps", "cfg", "shift", "sampler", "schedule")
+        kept = {name: old[name] for name in (*links, *widgets)}
+        values = {"factor": 2.0, "tile": 1024, "overlap": 128, "denoise": 0.4, "strength": 0.8,
+                  "end": 0.8, "blur": 8.0, "positions": "own", **inputs}  # fmt: skip
+        graph["5"] = node("SD35Upscale", vae=["1", 2], image=["99", 0], **kept, **values)
+        if control:
+            graph["60"] = node("SD35ControlNetLoader", control_net=control)
+            graph["5"]["inputs"]["control_net"] = ["60", 0]
+
+    return change
+
+
 def stock_loader(graph: Graph) -> None:
     graph["1"] = node("CheckpointLoaderSimple", ckpt_name="sd3.5_medium.safetensors")
 
@@ -223,6 +241,17 @@ WRONG: dict[str, tuple[Change, str, str]] = {
         both(large, set_to("4", width=3200, height=512)), "size table", "3072x3072"),
     "the small model at 512": (
         both(nano, set_to("4", width=512, height=512)), "size", "draws 128x128 well"),
+    "tiles without overlap": (upscale(overlap=0), "upscale overlap", "overlap by 0.*about 128"),
+    "tiles that never get on": (
+        upscale(tile=512, overlap=504), "upscale overlap", "504 pixels of a tile of 512"),
+    "small tiles": (upscale(tile=256, overlap=32), "size", "0.06 megapixels"),
+    "enlarging freely": (upscale(denoise=0.8), "upscale denoise", "becomes another one"),
+    "enlarging by depth": (
+        both(large, upscale("large_depth.safetensors")), "upscale control", "needs a depth map"),
+    "enlarging by lines": (
+        both(large, upscale("large_canny.safetensors")), "upscale control", "lets colours drift"),
+    "enlarging with Large's ControlNet on Medium": (
+        upscale("large_blur.safetensors"), "control base", "made for SD3.5 Large"),
     "no VAE": (set_to("1", vae="none"), "vae missing", "There is no VAE"),
     "SD 1.5's VAE": (set_to("1", vae="sd15_vae.safetensors"), "vae channels", "4 latent channels"),
     "an SDXL LoRA": (lora("sdxl.safetensors"), "lora nothing", "none of its 1 layers"),
@@ -314,6 +343,9 @@ RIGHT: dict[str, Change] = {
         large, control("large_canny.safetensors", strength=0.7),
         control("large_depth.safetensors", strength=0.5)),
     "a ControlNet that ends early": both(large, control("large_canny.safetensors", end=0.6)),
+    "enlarging": upscale(),
+    "enlarging freely with the blur ControlNet": both(
+        large, upscale("large_blur.safetensors", denoise=1.0, factor=4.0)),
     "the small model": nano,
     "the small model at 160x160": both(nano, set_to("4", width=160, height=160)),
     "the small model with its ControlNet": both(nano, control("sd35_nano_canny.safetensors")),

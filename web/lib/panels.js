@@ -6,9 +6,10 @@ import { openMenu } from "./menu.js";
 
 const MARKS = { error: "✖", warning: "▲", note: "•" };
 
-// recipes: key -> {name}. on: {choose(key), restore()}.
-export function samplerPanel(state, recipes, on) {
-    const entries = Object.entries(recipes).map(([key, { name }]) => ({
+// recipes: key -> {name, node}. on: {choose(key), restore()}.
+export function samplerPanel(kind, state, recipes, on) {
+    const fitting = Object.entries(recipes).filter(([, { node }]) => node === kind);
+    const entries = fitting.map(([key, { name }]) => ({
         text: name,
         chosen: key === state.recipe,
         choose: () => on.choose(key),

@@ -119,7 +119,7 @@ def about_denoise(setup: Setup) -> Iterator[Finding]:
             f"denoise is {denoise:g}, but the latent is empty: that gives a grey blur. Set "
             "denoise to 1, or connect a picture through VAE Encode.",
         )
-    if denoise == 1 and not latent.empty and not latent.masked:
+    if denoise == 1 and not (latent.empty or latent.masked or setup.upscaling):
         yield note(
             "denoise of all",
             "denoise is 1, so nothing of the picture in the latent is kept, only its size. Lower "
