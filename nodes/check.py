@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..sd35_core.errors import SettingError
 from ..sd35_core.workflow.check import findings, report
 from ..sd35_core.workflow.own_nodes import CHECK_OUTPUTS, NAMES
 from .host import facts
 from .host.files import hashed
-from .host.report import tell
+from .host.report import told
 
 REPORT, ERRORS, WARNINGS = "report", "stop at errors", "stop at warnings"
 STOPS = {REPORT: (), ERRORS: ("error",), WARNINGS: ("error", "warning")}
@@ -69,8 +69,10 @@ class SD35Check(io.ComfyNode):
         node_id, prompt = cls.hidden.unique_id, cls.hidden.prompt or {}
         found = facts.findings_at(prompt, node_id, model, positive, negative, latent, vae)
         text = report(found)
-        tell(text, node_id)
+        shown = told(text, node_id)
         if any(finding.severity in STOPS[strict] for finding in found):
             raise SettingError("Stopped before sampling, as 'strict' says.", *map(str, found))
         given = {"model": model, "positive": positive, "negative": negative, "latent": latent}
-        return io.NodeOutput(*(given[name] for name in CHECK_OUTPUTS), ui=ui.PreviewText(text))
+        return io.NodeOutput(
+            *(given[name] for name in CHECK_OUTPUTS), ui={"text": (text,), **shown}
+        )

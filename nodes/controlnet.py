@@ -15,7 +15,7 @@ from .host.controlnet import COMFYUI, STABILITY, Options, controlnet_from, from_
 from .host.loading import read
 from .host.memory import enough_memory
 from .host.packed import described
-from .host.report import tell
+from .host.report import told
 
 NEAR = list(hints.NEAR)
 FROM_CONTROL_NET = "as the ControlNet"
@@ -23,6 +23,8 @@ FROM_CONTROL_NET = "as the ControlNet"
 
 class SD35ControlNetLoader(io.ComfyNode):
     """Loads an SD3.5 ControlNet from a file."""
+
+    HAS_INTERMEDIATE_OUTPUT = True
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -75,13 +77,12 @@ class SD35ControlNetLoader(io.ComfyNode):
         with enough_memory(f"loading '{control_net}'", "Close other programs."):
             loaded = controlnet_from(read(files.controlnet_path(control_net)), options)
         config = loaded.config
-        tell(
+        said = (
             f"{config.control_type or 'unknown kind of'} ControlNet ({config.kind}), "
             f"{config.layers} {'layer' if config.layers == 1 else 'layers'} of width "
-            f"{config.hidden}{described(loaded.control_model)}.",
-            cls.hidden.unique_id,
+            f"{config.hidden}{described(loaded.control_model)}."
         )
-        return io.NodeOutput(loaded)
+        return io.NodeOutput(loaded, ui=told(said, cls.hidden.unique_id))
 
 
 class SD35ControlNetApply(io.ComfyNode):

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..sd35_core.workflow.own_nodes import ALIAS, LOADER, NAMES
 from .host import files, loading, text
 from .host.memory import enough_memory
-from .host.report import tell
+from .host.report import told
 from .host.resting import AUTO, MODES
 
 FROM_MODEL = "from model file"
@@ -16,6 +16,8 @@ NONE = "none"
 
 class SD35Loader(io.ComfyNode):
     """Loads any SD3 or SD3.5 model, from one file or from several."""
+
+    HAS_INTERMEDIATE_OUTPUT = True
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -117,8 +119,8 @@ class SD35Loader(io.ComfyNode):
                 decoder = loading.vae_from(file)
             else:
                 decoder = loading.vae_from(loading.read(files.path_in("vae", vae)))
-        tell(loading.summary(file, patcher, text.names_in(clip)), cls.hidden.unique_id)
-        return io.NodeOutput(patcher, clip, decoder)
+        said = loading.summary(file, patcher, text.names_in(clip))
+        return io.NodeOutput(patcher, clip, decoder, ui=told(said, cls.hidden.unique_id))
 
 
 class SD35ModelLoader(SD35Loader):

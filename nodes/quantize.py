@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..sd35_core.errors import SettingError
 from ..sd35_core.packing.formats import FP8, INT8, RAW_FP8
@@ -18,7 +18,7 @@ from .host.controlnet import from_loader
 from .host.files import PACK_MODELS, first_folder
 from .host.loading import file_of
 from .host.memory import enough_memory
-from .host.report import progress, tell
+from .host.report import progress, told
 
 FORMATS = {
     "8 bit (int8)": (8, INT8),
@@ -159,8 +159,7 @@ class SD35Quantize(io.ComfyNode):
         score = shipped_score(path, output_path(path, plan, report.calibrated).name)
         text = f"Wrote {out}. Press R to see it in the loaders.\n"
         text += f"{score}{report.text()}"
-        tell(text, cls.hidden.unique_id)
-        return io.NodeOutput(ui=ui.PreviewText(text))
+        return io.NodeOutput(ui={"text": (text,), **told(text, cls.hidden.unique_id)})
 
 
 def shipped_score(path: Path, name: str) -> str:

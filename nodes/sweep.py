@@ -17,7 +17,7 @@ from ..sd35_core.workflow.own_nodes import NAMES
 from .guidance import SkipLayerGuidance
 from .host import sampling
 from .host.guidance import depth_of, with_skip_layers
-from .host.report import progress, tell
+from .host.report import progress, told
 from .sampler import SD35Sampler
 from .sheet import sheet
 
@@ -28,6 +28,8 @@ LARGEST_SCALE = 10.0
 
 class SD35SkipLayerSweep(io.ComfyNode):
     """Draws one seed without and with Skip Layer Guidance, over layers or scales."""
+
+    HAS_INTERMEDIATE_OUTPUT = True
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -127,12 +129,12 @@ class SD35SkipLayerSweep(io.ComfyNode):
             show(done, len(latents))
         pictures = torch.cat(decoded)
         labels = [name for name in names for _ in range(batch)]
-        tell(
+        said = (
             f"{count} pictures of seed {seed}: {'; '.join(names)}. The guidance covers {covered} "
-            f"of {total} steps.",
-            cls.hidden.unique_id,
+            f"of {total} steps."
         )
-        return io.NodeOutput(sheet(pictures, labels, columns_of(len(names), batch)), pictures)
+        drawn = sheet(pictures, labels, columns_of(len(names), batch))
+        return io.NodeOutput(drawn, pictures, ui=told(said, cls.hidden.unique_id))
 
 
 def skips_of(

@@ -16,7 +16,7 @@ from ..sd35_core.sampling.tiles import tiling
 from ..sd35_core.workflow.own_nodes import NAMES, OWN_TABLE, WHOLE_TABLE
 from .host import sampling
 from .host.controlnet import from_loader, steered
-from .host.report import progress, tell
+from .host.report import progress, told
 from .host.tiles import AtOnce, decoded_in_tiles, encoded_in_tiles, enlarged, with_tiles
 from .sampler import SD35Sampler
 
@@ -26,6 +26,8 @@ LARGEST = 16384
 
 class SD35Upscale(io.ComfyNode):
     """Enlarges a picture and draws its details anew."""
+
+    HAS_INTERMEDIATE_OUTPUT = True
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -211,13 +213,12 @@ class SD35Upscale(io.ComfyNode):
         picture = decoded_in_tiles(vae, drawn["samples"], tiles, progress())[:, :height, :width]
         if mask is not None:
             picture = plain + mask[..., None] * (picture - plain)
-        tell(
+        said = (
             f"{width}x{height} from {image.shape[2]}x{image.shape[1]} in {len(tiles)} "
             f"{'tile' if len(tiles) == 1 else 'tiles'} of {tiles.size[1] * PIXELS}x"
-            f"{tiles.size[0] * PIXELS}, {len(sigmas) - 1} steps. {at_once.said}".strip(),
-            cls.hidden.unique_id,
+            f"{tiles.size[0] * PIXELS}, {len(sigmas) - 1} steps. {at_once.said}".strip()
         )
-        return io.NodeOutput(picture)
+        return io.NodeOutput(picture, ui=told(said, cls.hidden.unique_id))
 
 
 def larger(height: int, width: int, factor: float, longest_side: int) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """A ComfyUI to run the pack in: find it, start it, talk to it.
 
 COMFYUI_PATH names an own install; otherwise tools/install.py fetches one into a cache outside the
-checkout (SD35_CACHE, else the platform's cache folder); COMFYUI_VERSION chooses an older one.
+checkout (SD35_CACHE, else the platform's cache folder); COMFYUI_VERSION chooses an older one,
+or one with the newest front end.
 Standard library alone until the host's environment exists; `run_prompt` shows progress with that
 environment's aiohttp.
 """
@@ -155,7 +156,11 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+                env={
+                    **os.environ,
+                    **self.host.environment,
+                    **{"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+                },
             )
         try:
             self._wait()

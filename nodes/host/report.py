@@ -1,15 +1,19 @@
-"""What a node tells: one line in the log and under the node on the canvas."""
+"""What a node tells: in the log, and under the node on the canvas."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
 from server import PromptServer
 
 log = logging.getLogger("sd35")
+EVENT = "sd35.report"
+KEY = "sd35_report"
+"""Under which the page (web/sd35.js) hears a report at once, and finds it among outputs."""
 
 
 def progress() -> Callable[[int, int], None]:
@@ -24,8 +28,15 @@ def progress() -> Callable[[int, int], None]:
 
 
 def tell(text: str, node_id: str | None) -> None:
-    """Log `text` and show it on the node; without a server, or outside a prompt, log it alone."""
+    """Log `text` and show it on the page that queued the run; where there is none, log it alone."""
     log.info(text)
     server = getattr(PromptServer, "instance", None)
-    if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
+    if server is not None and server.client_id is not None and node_id is not None:
+        server.send_sync(EVENT, {"node": node_id, "text": text}, server.client_id)
+
+
+def told(text: str, node_id: str | None) -> dict[str, Any]:
+    """Tell `text`, and give the `ui` of a NodeOutput that keeps it: the host sends that again when
+    the result was cached, if the node's class is an output or has HAS_INTERMEDIATE_OUTPUT."""
+    tell(text, node_id)
+    return {KEY: [text]}

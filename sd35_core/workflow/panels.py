@@ -15,8 +15,10 @@ from ..errors import SettingError
 from ..sampling.guidance import SkipLayers, parse_layers
 from ..sampling.recipes import LAYER_PRESETS, RECIPES, Recipe, layers_text
 from .check import findings
+from .finding import Finding
 from .graph import Budget, TooLargeError
-from .own_nodes import LOADER, SAMPLER, SKIP, UPSCALE
+from .links import leading_to
+from .own_nodes import ALIAS, CHECK, LOADER, SAMPLER, SKIP, UPSCALE
 from .reader import FindFile, Reader
 from .setup import Setup
 from .workflow_file import api_graph, parsed
@@ -81,6 +83,7 @@ def sampler_panel(reader: Reader, key: str) -> dict[str, Any]:
     likely, chosen = likely_recipe(setup), reader.graph[key]["properties"].get(CHOSEN)
     own = isinstance(chosen, str) and chosen in RECIPES and fits_node(RECIPES[chosen], setup)
     recipe = _with_skips(chosen, setup) if own else likely
+    found = findings(setup)
     return {
         "recipe": recipe,
         "model_recipe": likely,
@@ -89,7 +92,8 @@ def sampler_panel(reader: Reader, key: str) -> dict[str, Any]:
         "changed": changed(reader, key, skips, recipe) if recipe else [],
         "sigmas": setup.sigmas or [],
         "bands": bands(setup),
-        "findings": [[finding.severity, finding.text] for finding in findings(setup)],
+        "findings": [[finding.severity, finding.text] for finding in found],
+        "errors": errors(found),
     }
 
 
@@ -152,18 +156,39 @@ def skip_panel(reader: Reader, key: str) -> dict[str, Any]:
     model = reader.model(list(reader.chain(key, "model", "model1")))
     depth = model.depth if model else None
     text = reader.value(key, "layers")
-    panel = {"depth": depth, "layers": [], "error": None}
+    panel = {"depth": depth, "layers": [], "error": None, "errors": 0}
     panel["presets"] = LAYER_PRESETS.get((model.recipe if model else None) or "", [])
     try:
         panel["layers"] = sorted(parse_layers(text if isinstance(text, str) else "", depth))
     except SettingError as error:
-        panel["error"] = str(error)
+        panel |= {"error": str(error), "errors": 1}
     return panel
+
+
+def errors(found: list[Finding]) -> int:
+    """How many of them are errors, for the badge on a node."""
+    return sum(finding.severity == "error" for finding in found)
+
+
+def check_panel(reader: Reader, key: str) -> dict[str, Any]:
+    """What SD3.5 Check would find by the workflow alone."""
+    found: dict[Finding, None] = {}
+    for sampler in sorted(leading_to(reader.graph, key)):
+        found.update(dict.fromkeys(findings(reader.setup(sampler))))
+    return {"errors": errors(list(found))}
+
+
+def loader_panel(reader: Reader, key: str) -> dict[str, Any]:
+    """Which model is chosen, so that the page sees when it is another one."""
+    return {"model": reader.value(key, "model")}
 
 
 PANELS: dict[str, tuple[str, Callable[[Reader, str], dict[str, Any]]]] = {
     SAMPLER: ("sampler", sampler_panel),
     UPSCALE: ("sampler", sampler_panel),
     SKIP: ("layers", skip_panel),
+    CHECK: ("check", check_panel),
+    LOADER: ("loader", loader_panel),
+    ALIAS: ("loader", loader_panel),
 }
-"""Class of a node -> the kind of its panel, and what is on it."""
+"""Class of a node -> the kind of its panel, and what is on it; the last three draw none."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tools import chromium
+from tools import browser, chromium
 from tools import host as hosts
 
 SHOTS = Path(__file__).parent / "screenshots"
@@ -25,3 +25,16 @@ def server(comfyui: hosts.Host, tmp_path_factory: pytest.TempPathFactory) -> Ite
         pytest.skip("no Chromium: set SD35_CHROMIUM to one")
     with hosts.Server(comfyui, tmp_path_factory.mktemp("canvas"), ["--cpu"]) as running:
         yield running
+
+
+RENDERERS = {"classic": False, "nodes 2.0": True}
+
+
+@pytest.fixture(scope="module", params=RENDERERS)
+def page(server: hosts.Server, request: pytest.FixtureRequest) -> Iterator[Any]:
+    SHOTS.mkdir(exist_ok=True)
+    with browser.canvas(server.url, RENDERERS[request.param]) as page:
+        page.renderer = request.param.replace(" ", "")
+        yield page
+        ours = [m for m in page.messages if "sd35" in m.lower() and m.startswith(("error", "page"))]
+        assert not ours

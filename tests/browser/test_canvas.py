@@ -107,6 +107,7 @@ def test_a_workflow_opens_exports_to_its_twin_and_runs(
     page.messages.clear()  # pyright: ignore
     browser.load(page, read(PACK / "workflows" / f"{name}.json"))
     page.screenshot(path=str(SHOTS / f"{name}_{renderer}.png"))
+    assert page.evaluate("() => app.canvas.ds.scale") >= 0.7, "it fits the window and can be read"
     seen = browser.exported(page)
     expected = read(PACK / "workflows" / "api" / f"{name}.json")
     assert essence(seen) == essence(expected)

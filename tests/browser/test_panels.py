@@ -4,104 +4,38 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-
-import pytest
 
 from tools import bench_canvas, browser
 from tools import host as hosts
 
 from ..conftest import PACK
-from .conftest import SHOTS, read
+from .board import (
+    LOADER,
+    LONG,
+    PANEL,
+    SAMPLER,
+    SET,
+    SKIP,
+    add_from_search,
+    answered,
+    choose,
+    empty,
+    of,
+    opened,
+    panel,
+    set_widget,
+    shot,
+    widgets,
+    with_skip_layers,
+)
+from .conftest import read
 
-RENDERERS = {"classic": False, "nodes 2.0": True}
-SAMPLER, SKIP, LOADER = "SD35Sampler", "SkipLayerGuidance", "SD35Loader"
-PANEL = ".sd35-panel"
-LONG = 60_000
-"""Milliseconds that a busy machine may take."""
 PLACES = {
     "SD35Loader": (0, 0), "CLIPTextEncode": (420, 0), "SkipLayerGuidance": (420, 320),
     "EmptySD3LatentImage": (0, 420), "SD35Sampler": (900, 0), "VAEDecode": (1320, 0),
     "SaveImage": (1320, 150),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", params=RENDERERS)
-def page(server: hosts.Server, request: pytest.FixtureRequest) -> Iterator[Any]:
-    SHOTS.mkdir(exist_ok=True)
-    with browser.canvas(server.url, RENDERERS[request.param]) as page:
-        page.renderer = request.param.replace(" ", "")
-        yield page
-        ours = [m for m in page.messages if "sd35" in m.lower() and m.startswith(("error", "page"))]
-        assert not ours
-
-
-def of(page: Any, kind: str, code: str, *values: Any) -> Any:
-    """Run code with `node`, the first of its kind, and `values`."""
-    first = "const node = app.graph.nodes.find((n) => n.type === kind);"
-    script = f"([kind, values]) => {{ {first} {code} }}"
-    return page.evaluate(script, [kind, list(values)])
-
-
-def widgets(page: Any, kind: str) -> dict[str, Any]:
-    code = "return Object.fromEntries(node.widgets.map((w) => [w.name, w.value]));"
-    return of(page, kind, code)
-
-
-@contextmanager
-def answered(page: Any) -> Iterator[None]:
-    """Until the server has answered what was changed inside, and it is drawn."""
-    with page.expect_response("**/sd35/plan", timeout=LONG):
-        yield
-    page.wait_for_timeout(200)
-
-
-SET = """const w = node.widgets.find((w) => w.name === values[0]);
-    w.value = values[1]; w.callback?.(values[1], app.canvas, node);"""
-"""As the widget itself does after typing: the value, then its callback."""
-
-
-def set_widget(page: Any, kind: str, name: str, value: Any) -> None:
-    with answered(page):
-        of(page, kind, SET, name, value)
-
-
-def opened(page: Any, workflow: dict[str, Any]) -> None:
-    with answered(page):
-        browser.load(page, workflow)
-
-
-def with_skip_layers(page: Any) -> None:
-    """The shipped text-to-image workflow, with a SkipLayerGuidance before its sampler."""
-    opened(page, read(PACK / "workflows" / "text_to_image.json"))
-    with answered(page):
-        of(page, SAMPLER, ADD_SKIP_LAYERS)
-
-
-ADD_SKIP_LAYERS = """const skip = LiteGraph.createNode('SkipLayerGuidance'); app.graph.add(skip);
-        skip.pos = [node.pos[0], node.pos[1] + node.size[1] + 60];
-        app.graph.nodes.find((n) => n.type === 'SD35Loader').connect(0, skip, 0);
-        skip.connect(0, node, 0);
-        app.extensionManager.command.execute('Comfy.Canvas.FitView');"""
-
-
-def panel(page: Any, kind: str) -> Any:
-    """The panel on the sampler or on the skip-layer node."""
-    inner = ".sd35-recipe" if kind == SAMPLER else ".sd35-layers"
-    return page.locator(PANEL, has=page.locator(inner))
-
-
-def choose(page: Any, name: str) -> None:
-    """A recipe from the sampler's list, with the mouse."""
-    panel(page, SAMPLER).locator(".sd35-recipe").click()
-    with answered(page):
-        page.locator(".sd35-menu").get_by_text(name, exact=True).click()
-
-
-def shot(page: Any, name: str) -> None:
-    page.screenshot(path=str(SHOTS / f"panels_{name}_{page.renderer}.png"))
 
 
 def test_a_recipe_fills_the_widgets_marks_changes_and_comes_back(page: Any) -> None:
@@ -191,7 +125,7 @@ def test_a_workflow_that_is_too_large_says_so_on_the_panel_until_it_is_not(page:
     note = {"id": 99, "type": "Note", "pos": [0, 0], "size": [200, 100], "inputs": [],
             "outputs": [], "widgets_values": ["x" * 2_100_000]}  # fmt: skip
     opened(page, {**workflow, "nodes": [*workflow["nodes"], note], "last_node_id": 99})
-    words = page.locator(".sd35-panel .sd35-findings").first
+    words = page.locator(f"{PANEL} .sd35-findings").first
     assert "too large to check: more than 2 MB" in words.inner_text()
     shot(page, "too_large")
     page.evaluate("() => { app.graph.remove(app.graph.getNodeById(99)); }")
@@ -258,32 +192,12 @@ def test_saved_and_opened_again_the_workflow_is_the_same(page: Any) -> None:
     assert changed == "changed: steps 33 (50)"
 
 
-def add_from_search(page: Any, words: str, kind: str) -> None:
-    """Double-click, type, Enter, click: as a person adds a node. The click puts it down."""
-    count = "(kind) => app.graph.nodes.filter((n) => n.type === kind).length"
-    before = page.evaluate(count, kind)
-    for _ in range(10):
-        page.mouse.dblclick(1300, 780)
-        page.wait_for_timeout(700)
-        if page.evaluate("() => document.activeElement.tagName") == "INPUT":
-            break
-    page.keyboard.type(words)
-    page.get_by_text(words, exact=True).first.wait_for(timeout=LONG)
-    page.wait_for_timeout(200)
-    page.keyboard.press("Enter")
-    page.wait_for_function(f"(kind) => ({count})(kind) > {before}", arg=kind, timeout=LONG)
-    page.mouse.move(1000, 600)
-    page.mouse.click(1000, 600)
-    page.wait_for_timeout(300)
-    page.evaluate("() => { app.graph.nodes.at(-1).pos = [-3000, 0]; }")
-
-
 def add(page: Any, words: str, kind: str) -> None:
     """As a person does, in one renderer: the other has the same search box."""
     if page.renderer == "classic":
         page.evaluate("(kind) => app.graph.add(LiteGraph.createNode(kind))", kind)
     else:
-        add_from_search(page, words, kind)
+        add_from_search(page, words)
 
 
 def arrange(page: Any, places: dict[str, tuple[int, int]]) -> None:
@@ -291,17 +205,6 @@ def arrange(page: Any, places: dict[str, tuple[int, int]]) -> None:
         of(page, kind, "node.pos = values[0]; app.canvas.setDirty(true, true);", place)
     page.evaluate("() => app.canvas.deselectAll()")
     page.wait_for_timeout(500)
-
-
-def empty(page: Any, scale: float = 0.75) -> None:
-    page.evaluate("() => app.graph.clear()")
-    page.keyboard.press("Escape")
-    page.evaluate(
-        "(s) => { app.canvas.ds.scale = s; app.canvas.ds.offset = [120, 190]; "
-        "app.canvas.setDirty(true, true); }",
-        scale,
-    )
-    page.wait_for_timeout(300)
 
 
 def drag_link(page: Any, source: str, output: int, target: str, name: str) -> None:

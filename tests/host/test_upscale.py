@@ -29,7 +29,7 @@ PETABYTE = 10**15
 def told(comfy: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the node says."""
     said: list[str] = []
-    monkeypatch.setattr(comfy.upscale, "tell", lambda text, node_id: said.append(text))
+    monkeypatch.setattr(comfy.upscale, "told", lambda text, node_id: said.append(text) or {})
     return said
 
 

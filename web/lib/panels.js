@@ -60,11 +60,21 @@ function said({ findings, model_recipe: known }) {
 }
 
 function finding([severity, text]) {
-    return element("div", { class: `sd35-${severity}`, title: text }, `${MARKS[severity]} ${text}`);
+    return element("div", { class: `sd35-${severity}` }, `${MARKS[severity]} ${text}`);
 }
 
 export function refusedPanel({ refused }) {
     return [element("div", { class: "sd35-findings" }, finding(["warning", refused]))];
+}
+
+// A report as a node told it: a line each, what is grave in its colour.
+export function reportPanel(text) {
+    if (!text) return [];
+    const lines = text.trim().split("\n").map((line) => {
+        const [, severity, words] = line.match(/^(error|warning|note): (.*)$/) ?? [];
+        return severity ? finding([severity, words]) : element("div", {}, line);
+    });
+    return [element("div", { class: "sd35-report" }, ...lines)];
 }
 
 // on: {set(layers)}.
