@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..sd35_core.checkpoint.tensor_file import TensorFile
 from ..sd35_core.errors import SettingError
 from ..sd35_core.packing.formats import FP8, INT8, RAW_FP8
-from ..sd35_core.quantization.plan import Plan
-from ..sd35_core.quantization.quantize import output_path, quantize_file
+from ..sd35_core.packing.kitchen import CONVROT_INT8, CONVROT_W4A4, MXFP8, NVFP4
+from ..sd35_core.quantization.plan import Fitted, Plan
+from ..sd35_core.quantization.quantize import network_of, output_path, quantize_file
 from ..sd35_core.workflow.own_nodes import NAMES
-from .host.calibration import calibration, with_hint
+from .host import files
+from .host.calibration import Calibration, with_hint
 from .host.controlnet import from_loader
 from .host.files import PACK_MODELS, first_folder
 from .host.loading import file_of
 from .host.memory import enough_memory
-from .host.report import progress, told
+from .host.packed import check_known
+from .host.report import progress, tell, told
 
-FORMATS = {
-    "8 bit (int8)": (8, INT8),
-    "8 bit (fp8)": (8, FP8),
-    "8 bit (raw fp8)": (8, RAW_FP8),
-    "2 bit": (2, INT8),
+FORMATS: dict[str, Plan] = {
+    "8 bit (int8)": Plan(8, INT8),
+    "8 bit (fp8)": Plan(8, FP8),
+    "8 bit (raw fp8)": Plan(8, RAW_FP8),
+    "2 bit": Plan(2),
+    "4 bit": Plan(4),
+    "3 bit": Plan(3),
+    "8 bit (int8 convrot)": Plan(8, CONVROT_INT8),
+    "8 bit (mxfp8)": Plan(8, MXFP8),
+    "4 bit (nvfp4)": Plan(4, four=NVFP4),
+    "4 bit (convrot w4a4)": Plan(4, four=CONVROT_W4A4),
 }
+NONE = "none"
+FIT = "to fit a size"
+CALIBRATED = ("4 bit", "3 bit", "2 bit", FIT)
 SHIPPED = Path(__file__).parents[1] / "models" / "nano" / "quantization.json"
-MODULATION = {"8 bit": 8, "2 bit": 2}
+MODULATION = {"8 bit": 8, "2 bit": 2, "4 bit": 4, "3 bit": 3}
 PROMPTS = """\
 a portrait of an old fisherman, soft window light
 a bowl of ripe apples on a wooden table
@@ -40,7 +54,7 @@ an isometric drawing of a tiny kitchen"""
 
 
 class SD35Quantize(io.ComfyNode):
-    """Writes a model or a ControlNet with 8 or 2 bits a weight."""
+    """Writes a model or a ControlNet with fewer bits a weight."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -55,9 +69,10 @@ class SD35Quantize(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "format",
-                    options=list(FORMATS),
-                    tooltip="8 bit is safe: pictures hardly change. 2 bit is a quarter of that "
-                    "and changes them; it needs calibration.",
+                    options=[*FORMATS, FIT],
+                    tooltip="8 bit is safe: pictures hardly change. The fewer, the smaller the "
+                    "file and the more they change; below 8 it needs calibration. To fit a size: "
+                    "bits where they matter most, for the model alone.",
                 ),
                 io.Model.Input(
                     "model",
@@ -73,8 +88,8 @@ class SD35Quantize(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Encodes the prompts of the calibration. 2 bit without it is written "
-                    "without calibration, and its name says so.",
+                    tooltip="Encodes the prompts of the calibration. Without it fewer than 8 bits "
+                    "are written without calibration, and the name says so.",
                 ),
                 io.Vae.Input(
                     "vae", optional=True, tooltip="To calibrate a ControlNet: reads its picture."
@@ -89,7 +104,7 @@ class SD35Quantize(io.ComfyNode):
                     default=PROMPTS,
                     multiline=True,
                     optional=True,
-                    tooltip="Calibration, 2 bit alone: prompts like those you will use, one a "
+                    tooltip="Calibration, below 8 bits: prompts like those you will use, one a "
                     "line.",
                 ),
                 io.Int.Input(
@@ -115,8 +130,27 @@ class SD35Quantize(io.ComfyNode):
                     default="8 bit",
                     optional=True,
                     advanced=True,
-                    tooltip="2 bit alone: a third of the weights make the modulation (adaLN), "
-                    "which acts on every token. At 2 bit the file is half as large and worse.",
+                    tooltip="Below 8 bits: a third of the weights make the modulation (adaLN), "
+                    "which acts on every token. With fewer the file is smaller and worse.",
+                ),
+                io.Float.Input(
+                    "size",
+                    default=2.0,
+                    min=0.01,
+                    max=64.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="To fit a size: what the model may take on the card, in GB, without "
+                    "text encoders and VAE.",
+                ),
+                io.Combo.Input(
+                    "text_encoder",
+                    options=[NONE, *files.listed("text_encoders")],
+                    default=NONE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="A T5 to quantize in place of the model, in one of ComfyUI's own "
+                    "formats: 8 bit, or 4 bit (nvfp4).",
                 ),
             ],
             outputs=[],
@@ -136,30 +170,55 @@ class SD35Quantize(io.ComfyNode):
         side: int = 512,
         steps: int = 12,
         modulation: str = "8 bit",
+        size: float = 2.0,
+        text_encoder: str = NONE,
     ) -> io.NodeOutput:
-        bits, eight = FORMATS[format]
-        plan = Plan(bits, eight, MODULATION[modulation])
-        path = from_loader(control_net).path if control_net is not None else file_of(model)
+        if text_encoder != NONE:
+            path, folder, clip = files.path_in("text_encoders", text_encoder), "text_encoders", None
+        elif control_net is not None:
+            path, folder = from_loader(control_net).path, "controlnet"
+        else:
+            path, folder = file_of(model), "diffusion_models"
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
-        moments = None
-        if bits == 2 and clip is not None and lines:
+        seen = None
+        if format in CALIBRATED and clip is not None and lines:
             if model is None:
                 raise SettingError("To calibrate a ControlNet, connect its base to model too.")
             attach = None
             if control_net is not None:
                 attach = control_net, with_hint(control_net, vae, image)
-            moments = calibration(model, clip, lines, side, steps, attach)
+            seen = Calibration(model, clip, lines, side, steps, attach)
+        if format == FIT:
+            plan = plan_for(path, size, seen)
+            tell(plan.text(), cls.hidden.unique_id)
+        else:
+            plan = replace(FORMATS[format], modulation_bits=MODULATION[modulation])
+            check_known(plan.eight if plan.bits == 8 else plan.four)
+        moments = None if seen is None else seen.moments()
         with enough_memory(f"quantizing '{path.name}'", "Make side smaller, or close programs."):
             target = None
             if PACK_MODELS in path.parents:  # an update of the pack would take the file away
-                folder = "controlnet" if control_net is not None else "diffusion_models"
                 name = output_path(path, plan, moments is not None).name
                 target = first_folder(folder) / name
             out, report = quantize_file(path, plan, moments, progress(), out=target)
         score = shipped_score(path, output_path(path, plan, report.calibrated).name)
-        text = f"Wrote {out}. Press R to see it in the loaders.\n"
-        text += f"{score}{report.text()}"
+        text = (
+            f"Wrote {out}: {report.before / 1e6:,.1f} MB -> {report.after / 1e6:,.1f} MB. Press R "
+            f"to see it in the loaders.\n{score}{report.text()}"
+        )
         return io.NodeOutput(ui={"text": (text,), **told(text, cls.hidden.unique_id)})
+
+
+def plan_for(path: Path, size: float, seen: Calibration | None) -> Fitted:
+    """The plan for the model in a file, of so many GB. Raises SettingError for a ControlNet, and
+    where nothing says what its layers see."""
+    if seen is None or seen.attach is not None:
+        raise SettingError(
+            "To fit a size which layers need their bits is measured on the model: connect model "
+            "and clip, no ControlNet, and write some prompts."
+        )
+    tensors, _ = network_of(TensorFile(path), f"'{path.name}'")
+    return seen.fitted(tensors, round(size * 1e9), progress())
 
 
 def shipped_score(path: Path, name: str) -> str:

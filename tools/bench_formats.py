@@ -27,7 +27,8 @@ def blocks(device: Any) -> dict[str, Any]:
     import torch
 
     from sd35_core.network.layers import JointBlock
-    from sd35_core.packing.formats import FP8, INT8, VQ2, pack
+    from sd35_core.packing.formats import FP8, INT8, VQ2, VQ3, VQ4, pack
+    from sd35_core.packing.kitchen import LAYOUTS
     from sd35_core.packing.layers import NativeOperations, PackedOperations
 
     generator = torch.Generator().manual_seed(0)
@@ -37,7 +38,10 @@ def blocks(device: Any) -> dict[str, Any]:
     weights = {
         key: 0.02 * torch.randn(t.shape, generator=generator).bfloat16() for key, t in keys.items()
     }
-    formats = {"bf16": None, "int8": INT8, "int8 native": INT8, "fp8": FP8, "2 bit": VQ2}
+    formats = {
+        "bf16": None, "int8": INT8, "int8 native": INT8, "fp8": FP8,
+        "4 bit": VQ4, "3 bit": VQ3, "2 bit": VQ2, **{form: form for form in LAYOUTS},
+    }  # fmt: skip
     found = {}
     for name, form in formats.items():
         operations = NativeOperations if "native" in name else PackedOperations

@@ -245,7 +245,8 @@ def cases(family: str, small: bool) -> Iterator[Case]:
         yield Case("fp8 widget", lambda: ours(path, dtype="fp8_e4m3fn"), pixels)
         yield Case("fp8 fast widget", lambda: ours(path, dtype="fp8_e4m3fn_fast"), pixels)
         path.unlink()
-        for name, form in (("int8", "int8_tensorwise"), ("2 bit", "sd35_vq2")):
+        own = (("4 bit", "sd35_vq4"), ("3 bit", "sd35_vq3"), ("2 bit", "sd35_vq2"))
+        for name, form in (("int8", "int8_tensorwise"), *own):
             packed = folder / f"{form}.safetensors"
             write_model(packed, config, form)
             yield Case(name, lambda packed=packed: ours(packed), pixels)

@@ -20,7 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import host
 
-BITS = {"8 bit": (8, 8), "2 bit, adaLN at 8": (2, 8), "2 bit, adaLN at 2": (2, 2)}
+BITS = {
+    "8 bit": (8, 8), "4 bit": (4, 4), "3 bit": (3, 3),
+    "2 bit, adaLN at 8": (2, 8), "2 bit, adaLN at 2": (2, 2),
+}  # fmt: skip
 
 
 def networks() -> dict[str, Any]:
@@ -39,21 +42,17 @@ def networks() -> dict[str, Any]:
 
 def counted(network: Any, plan: Any) -> int:
     """Bytes of the weights, from shapes alone."""
-    from sd35_core.packing.formats import FP8, INT8, VQ2
-    from sd35_core.packing.vectors import ENTRIES, GROUP, VECTOR
+    from sd35_core.packing.formats import packed_bytes
 
     total = 0
     for key, tensor in network.state_dict().items():
         form, shape = plan.format_of(key, tuple(tensor.shape)), tuple(tensor.shape)
-        if key == "pos_embed" and plan.bits == 2:
+        if key == "pos_embed" and plan.bits < 8:
             total += 2 * 2 * isqrt(shape[1]) * shape[2] // 2
         elif form is None:
             total += 2 * tensor.numel()
-        elif form == VQ2:
-            rows, columns = shape
-            total += rows * columns // VECTOR + 2 * rows * columns // GROUP + 2 * ENTRIES * VECTOR
         else:
-            total += tensor.numel() + 4 * {INT8: shape[0], FP8: 1}[form]
+            total += packed_bytes(form, shape)
     return total
 
 

@@ -1,4 +1,4 @@
-"""Packed weights under the host's memory manager: its own 8-bit layers, and 2 bits beside them."""
+"""Packed weights under the host's memory manager: its own layers, and this pack's beside them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
 from ...sd35_core.errors import SettingError
-from ...sd35_core.packing.formats import FORMATS, check_packed, format_named, packed_under, unpack
+from ...sd35_core.packing.formats import (
+    BESIDE,
+    FORMATS,
+    check_packed,
+    format_named,
+    packed_under,
+    unpack,
+)
+from ...sd35_core.packing.kitchen import LAYOUTS
 from .resting import DynamicPatcher, RestingPatcher
 
 
@@ -28,7 +36,7 @@ from .resting import DynamicPatcher, RestingPatcher
 def own_layout(form: str) -> Any:
     """The layout class of a format that the host has no layers for; it knows it from here on.
 
-    These are 2 bits, and int8 in a ComfyUI that is older than its own.
+    These are this pack's own, and int8 in a ComfyUI that is older than its own.
     """
     from comfy_kitchen.tensor import QuantizedLayout, register_layout_class
     from comfy_kitchen.tensor.base import BaseLayoutParams
@@ -83,6 +91,15 @@ def check_host() -> None:
         )
 
 
+def check_known(form: str) -> None:
+    """Raises SettingError for one of the host's own formats that this host does not read."""
+    if form in LAYOUTS and form.removesuffix(" with convrot") not in QUANT_ALGOS:
+        raise SettingError(
+            f"ComfyUI {comfyui_version.__version__} does not read the format {form}; it reads "
+            f"{', '.join(sorted(QUANT_ALGOS))}. Update ComfyUI, or choose another format."
+        )
+
+
 def operations(dtype: Any, compute_dtype: Any) -> Any:
     """The host's layers for packed weights, which know every format of this pack as well.
 
@@ -103,6 +120,8 @@ def operations(dtype: Any, compute_dtype: Any) -> Any:
             form = format_named(packed, prefix[:-1])[0] if packed else ""
             of_the_host = not form or form.removesuffix(" with convrot") in QUANT_ALGOS
             shape = (self.out_features, self.in_features)
+            if not of_the_host:
+                check_known(form)
             if form in FORMATS or not of_the_host:
                 check_packed(packed, shape, prefix[:-1])
             if of_the_host:
@@ -217,7 +236,7 @@ class PackedWeights(comfy.model_patcher.ModelPatcher):
     def model_state_dict(self, *args: Any, **named: Any) -> Any:
         """Weights and biases: what can be patched; not the scales of packed weights."""
         found = super().model_state_dict(*args, **named)
-        beside = (".weight_scale", ".weight_codebook", ".comfy_quant")
+        beside = (*(f".{name}" for name in BESIDE), ".comfy_quant")
         return {key: value for key, value in found.items() if not key.endswith(beside)}
 
     def load(self, device_to: Any = None, *args: Any, **named: Any) -> None:

@@ -21,6 +21,11 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 MARK = "joint_blocks.0.x_block.attn.qkv.weight"
 DIFFUSERS_MARK = "transformer_blocks.0.attn.add_q_proj.weight"
 CONTROLNET_MARKS = ("controlnet_blocks.0.weight", "pos_embed_input.proj.weight")
+TEXT_MARKS = {
+    "T5": "encoder.block.0.layer.0.SelfAttention.q.weight",
+    "CLIP": "text_model.encoder.layers.0.mlp.fc1.weight",
+}
+"""What a text encoder's own file holds."""
 OTHER_MODELS = ("first_stage_model.", "text_encoders.", "cond_stage_model.")
 VAE_MARKS = ("decoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight")
 RENAMED = {

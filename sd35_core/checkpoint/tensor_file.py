@@ -6,7 +6,8 @@ import json
 import os
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -34,8 +35,14 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """safetensors' names of the formats that occur in models."""
+if hasattr(torch, "float8_e8m0fnu"):  # from torch 2.7 on: scales that are powers of two
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 NUMBERED = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})(\.safetensors|\.sft)", re.IGNORECASE)
 """The names of a model's files where it has several, as diffusers and transformers save it."""
+
+
+Entry = tuple[torch.dtype, tuple[int, ...]]
+"""Type and shape of a tensor."""
 
 
 class Piece(NamedTuple):
@@ -96,10 +103,8 @@ class TensorFile(Tensors):
 
     def __getitem__(self, key: str) -> Tensor:
         piece, entry = self.entries[key]
+        dtype, shape = self.entry(key)
         begin, end = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES:
-            known = f"known are {', '.join(DTYPES)}"
-            raise unreadable(piece.path, ValueError(f"dtype {entry['dtype']} of '{key}'; {known}"))
         data = bytearray(end - begin)
         rest = memoryview(data)
         try:
@@ -117,12 +122,20 @@ class TensorFile(Tensors):
                     rest = rest[count:]
         except OSError as error:
             raise unreadable(piece.path, error) from error
-        dtype = DTYPES[entry["dtype"]]
         values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        return values.view(entry["shape"])
+        return values.view(shape)
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self.entries[key][1]["shape"])
+
+    def entry(self, key: str) -> Entry:
+        """Type and shape, without reading the tensor. Raises CheckpointError for a type that is
+        not known."""
+        piece, entry = self.entries[key]
+        if entry["dtype"] not in DTYPES:
+            known = f"known are {', '.join(DTYPES)}"
+            raise unreadable(piece.path, ValueError(f"dtype {entry['dtype']} of '{key}'; {known}"))
+        return DTYPES[entry["dtype"]], self.shape(key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -196,13 +209,38 @@ def write_file(
 
     Raises CheckpointError when the system refuses; what was there before is then still there.
     """
+    entries = {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}
+    aligned = sorted(entries, key=lambda key: (-entries[key][0].itemsize, key))
+    ordered = {key: entries[key] for key in aligned}
+    write_as_made(path, ordered, ((key, tensors[key]) for key in aligned), metadata, replace)
+
+
+def write_as_made(
+    path: str | Path,
+    entries: Mapping[str, Entry],
+    made: Iterable[tuple[str, Tensor]],
+    metadata: dict[str, Any],
+    replace: bool = True,
+) -> None:
+    """The same with tensors that come one after the other, so that few are in memory.
+
+    They lie in the file as `entries` has them, but for small ones of odd lengths, which would put
+    others out of step: these are last. One that comes before its turn is kept until then.
+    """
+    odd = {key: entry for key, entry in entries.items() if _bytes(entry) % 8}
+    even = {key: entry for key, entry in entries.items() if key not in odd}
+    entries = even | dict(sorted(odd.items(), key=lambda each: -each[1][0].itemsize))
     text = {key: v if isinstance(v, str) else json.dumps(v) for key, v in metadata.items()}
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    size = sum(_bytes(entry) for entry in entries.values())
     sweep(Path(path).parent)
     try:
-        write_whole(path, _pieces(tensors, text), replace=replace, size=size)
+        write_whole(path, _pieces(entries, made, text), replace=replace, size=size)
     except WriteError as error:
         raise CheckpointError(str(error)) from error
+
+
+def _bytes(entry: Entry) -> int:
+    return entry[0].itemsize * prod(entry[1])
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -215,20 +253,29 @@ def metadata_of(path: Path) -> dict[str, str]:
         return {}
 
 
-def _pieces(tensors: StateDict, metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+def _pieces(
+    entries: Mapping[str, Entry], made: Iterable[tuple[str, Tensor]], metadata: dict[str, str]
+) -> Iterator[bytes | memoryview]:
     """A safetensors file: the length of its header, the header, the tensors."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": metadata}
-    aligned = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
     end = 0
-    for key in aligned:
-        tensor = tensors[key]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        entry = {"dtype": names[tensor.dtype], "shape": list(tensor.shape)}
-        header[key] = {**entry, "data_offsets": [begin, end]}
+    for key, entry in entries.items():
+        begin, end = end, end + _bytes(entry)
+        header[key] = {
+            "dtype": names[entry[0]], "shape": list(entry[1]), "data_offsets": [begin, end]
+        }  # fmt: skip
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for key in aligned:
-        flat = tensors[key].detach().cpu().contiguous().flatten()
-        yield flat.view(torch.uint8).numpy().data
+    waiting: StateDict = {}
+    turns = iter(entries)
+    turn = next(turns, None)
+    for key, tensor in made:
+        assert (tensor.dtype, tuple(tensor.shape)) == entries[key], key
+        waiting[key] = tensor
+        while turn in waiting:
+            flat = waiting.pop(turn).detach().cpu().contiguous().flatten()
+            yield flat.view(torch.uint8).numpy().data
+            turn = next(turns, None)
+    assert turn is None and not waiting, f"{turn} was not made"

@@ -1,4 +1,4 @@
-"""Packed weights, 8 or 2 bits each: how a layer lies in a file, and how it runs.
+"""Packed weights, 8, 4, 3 or 2 bits each: how a layer lies in a file, and how it runs.
 
 A packed Linear has, in place of its `weight`, codes under that name, scales under `weight_scale`
 and a `comfy_quant` entry, a JSON text as bytes, that names the format:
@@ -6,15 +6,19 @@ and a `comfy_quant` entry, a JSON text as bytes, that names the format:
 - `int8_tensorwise`: int8, one scale for each output row (ComfyUI's own format);
 - `float8_e4m3fn`: fp8, one scale for the layer (ComfyUI's own format);
 - `sd35_vq2`: four weights in a byte, which counts an entry of the layer's `weight_codebook`
-  (256, 4); one scale for 128 weights of a row. 2.13 bits a weight. Chosen with the activations
-  of the layer (GPTQ, Frantar et al. 2022, arXiv:2210.17323; over vectors, van Baalen et al. 2024,
-  arXiv:2402.15319), or with none.
+  (256, 4); one scale for 128 weights of a row. 2.13 bits a weight;
+- `sd35_vq3`: the same with 64 entries of two weights, numbered by 6 bits. 3.13 bits a weight;
+- `sd35_vq4`: the same with 256 entries of two weights. 4.13 bits a weight;
+- those of kitchen.py, where the package comfy-kitchen is installed.
+
+Vectors are chosen with the activations of the layer, or with none (see vectors.py).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -22,53 +26,106 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..limits import COMFY_QUANT, bounded
-from .vectors import ENTRIES, GROUP, VECTOR, Packed, pack_vectors, vectors
+from .kitchen import (
+    LAYOUTS,
+    entries_of,
+    is_here,
+    kitchen_config,
+    pack_for_host,
+    unpack_for_host,
+)
+from .vectors import GROUP, Code, Entries, Packed, pack_vectors, vectors
 
-INT8, FP8, VQ2 = "int8_tensorwise", "float8_e4m3fn", "sd35_vq2"
+INT8, FP8 = "int8_tensorwise", "float8_e4m3fn"
+VQ2, VQ3, VQ4 = "sd35_vq2", "sd35_vq3", "sd35_vq4"
+VECTORS = {VQ2: Code(4, 8), VQ3: Code(2, 6), VQ4: Code(2, 8)}
+"""This pack's own formats."""
 CODES = {
     INT8: (torch.int8,),
     FP8: (torch.float8_e4m3fn, torch.float8_e5m2),
-    VQ2: (torch.uint8,),
+    **dict.fromkeys(VECTORS, (torch.uint8,)),
+    **{form: (layout.codes,) for form, layout in LAYOUTS.items()},
 }
 """Format -> what a layer's `weight` can hold; ComfyUI's older files call both fp8 the same."""
-FORMATS = tuple(CODES)
+FORMATS = (INT8, FP8, *VECTORS)
+"""Those that need no package."""
 RAW_FP8 = "raw fp8"
 """Weights cast to fp8, without scales and without a `comfy_quant` entry: for every loader."""
+BESIDE = ("weight_scale", "weight_scale_2", "weight_codebook")
+"""Entries of a packed layer beside its codes."""
 VERSION = 1
-"""Of sd35_vq2; a file of a newer one is refused."""
+"""Of this pack's own formats; a file of a newer one is refused."""
 
 
 def pack(weight: Tensor, form: str, moments: Tensor | None = None) -> Packed:
     """A weight (out, in) in a format.
 
-    moments: the layer's mean of x x^T, (in, in), for sd35_vq2; without, each vector of four
-    weights takes its nearest entry. Raises SettingError when the width does not fit the groups.
+    moments: the layer's mean of x x^T, (in, in), for vectors; without, each takes its nearest
+    entry. Raises SettingError when the width does not fit the groups.
     """
     if form == RAW_FP8:
         return {"weight": weight.to(torch.float8_e4m3fn)}
     weight = weight.float()
-    config: dict[str, Any] = {"format": form}
-    if form == INT8:
+    if form in LAYOUTS:
+        packed = pack_for_host(weight, form)
+    elif form == INT8:
         scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
         codes = (weight / scale).round().clamp(-127, 127).to(torch.int8)
         packed = {"weight": codes, "weight_scale": scale}
     elif form == FP8:
         scale = weight.abs().amax().clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
         packed = {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
-        config["full_precision_matrix_mult"] = True
     else:
-        packed = pack_vectors(weight, moments)
+        packed = pack_vectors(weight, VECTORS[form], moments)
+    return {**packed, "comfy_quant": _mark(form, weight.shape[1])}
+
+
+def _mark(form: str, columns: int) -> Tensor:
+    """The entry that names a layer's format."""
+    config = kitchen_config(form, columns) if form in LAYOUTS else {"format": form}
+    if form == FP8:
+        config["full_precision_matrix_mult"] = True
+    elif form in VECTORS:
         config |= {"version": VERSION, "group_size": GROUP}
-    text = json.dumps(config).encode()
-    return {**packed, "comfy_quant": torch.tensor(list(text), dtype=torch.uint8)}
+    return torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+
+
+def packed_entries(form: str, shape: tuple[int, ...]) -> Entries:
+    """Type and shape of what `pack` makes of a weight (out, in)."""
+    rows, columns = shape
+    if form == RAW_FP8:
+        return {"weight": (torch.float8_e4m3fn, (rows, columns))}
+    mark = _mark(form, columns)
+    return {**_entries(form, rows, columns), "comfy_quant": (mark.dtype, tuple(mark.shape))}
+
+
+def _entries(form: str, rows: int, columns: int) -> Entries:
+    if form in LAYOUTS:
+        return entries_of(form, rows, columns)
+    if form not in VECTORS:
+        scale = (rows, 1) if form == INT8 else ()
+        return {"weight": (CODES[form][0], (rows, columns)), "weight_scale": (torch.float32, scale)}
+    code = VECTORS[form]
+    return {
+        "weight": (torch.uint8, (rows, code.width(columns))),
+        "weight_scale": (torch.float16, (rows, columns // GROUP)),
+        "weight_codebook": (torch.float16, (code.entries, code.vector)),
+    }
+
+
+def packed_bytes(form: str, shape: tuple[int, ...]) -> int:
+    """What a weight (out, in) takes in a format."""
+    return sum(t.itemsize * prod(size) for t, size in packed_entries(form, shape).values())
 
 
 def unpack(packed: Mapping[str, Tensor], form: str, dtype: torch.dtype) -> Tensor:
     """The weight (out, in) that a layer's codes stand for, in `dtype`."""
     if form == RAW_FP8:
         return packed["weight"].to(dtype)
+    if form in LAYOUTS:
+        return unpack_for_host(packed, form, dtype)
     codes, scale = packed["weight"], packed["weight_scale"]
-    if form != VQ2:
+    if form not in VECTORS:
         return codes.to(dtype) * scale.to(dtype)
     return vectors(codes, scale, packed["weight_codebook"], dtype)
 
@@ -78,12 +135,13 @@ def format_of(packed: Mapping[str, Tensor], name: str) -> str:
     form, config = format_named(packed, name)
     version, group = config.get("version", VERSION), config.get("group_size", GROUP)
     whole = type(version) is int and 1 <= version <= VERSION
-    if form not in FORMATS or not whole:
+    known = (*FORMATS, *(LAYOUTS if is_here() else ()))
+    if form not in known or not whole:
         raise CheckpointError(
             f"The layer '{name}' is packed as {form}, version {version}. Known here are "
-            f"{', '.join(FORMATS)} up to version {VERSION}; update the pack, and ComfyUI."
+            f"{', '.join(known)} up to version {VERSION}; update the pack, and ComfyUI."
         )
-    if form == VQ2 and group != GROUP:
+    if form in VECTORS and group != GROUP:
         raise CheckpointError(
             f"The layer '{name}' is packed with a scale for {group} weights, known here is one "
             f"for {GROUP}. Update the pack, or quantize the original again."
@@ -118,7 +176,7 @@ def packed_under(state_dict: Mapping[str, Tensor], prefix: str) -> Packed:
     """The entries of a packed layer, by suffix; empty when it is not packed."""
     if prefix + "comfy_quant" not in state_dict:
         return {}
-    names = ("weight", "weight_scale", "weight_codebook", "comfy_quant")
+    names = ("weight", *BESIDE, "comfy_quant")
     return {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
 
 
@@ -147,30 +205,24 @@ def check_packed(packed: Packed, shape: tuple[int, int], name: str) -> str:
         )
 
     rows, columns = shape
-    wanted: dict[str, tuple[int, ...]] = {"weight": shape, "weight_scale": ()}
-    if form == INT8:
-        wanted["weight_scale"] = (rows, 1)
-    elif form == VQ2:
-        if columns % GROUP:
-            raise damaged(f"{columns} inputs, expected a multiple of {GROUP}")
-        wanted = {
-            "weight": (rows, columns // VECTOR),
-            "weight_scale": (rows, columns // GROUP),
-            "weight_codebook": (ENTRIES, VECTOR),
-        }
+    if form in VECTORS and columns % GROUP:
+        raise damaged(f"{columns} inputs, expected a multiple of {GROUP}")
+    wanted = {suffix: size for suffix, (_, size) in _entries(form, rows, columns).items()}
     for suffix, expected in wanted.items():
         tensor = packed.get(suffix)
         if tensor is None:
             raise damaged(f"{suffix} missing, expected one of shape {list(expected)}")
         seen = tuple(tensor.shape)
-        for_all = form != VQ2 and suffix == "weight_scale" and seen in ((), (1,))
+        for_all = form in (INT8, FP8) and suffix == "weight_scale" and seen in ((), (1,))
         if seen != expected and not for_all:
             raise damaged(f"{suffix} of shape {list(seen)}, expected {list(expected)}")
         if suffix == "weight":
             if tensor.dtype not in CODES[form]:
                 raise damaged(f"codes of {tensor.dtype}, expected {CODES[form][0]}")
             continue
-        values = "scales" if suffix == "weight_scale" else "codebook entries"
+        if tensor.dtype == torch.uint8 and form in LAYOUTS:
+            continue  # powers of two
+        values = "codebook entries" if suffix == "weight_codebook" else "scales"
         if not tensor.dtype.is_floating_point:
             raise damaged(f"{values} of {tensor.dtype}, expected floating-point numbers")
         if not torch.isfinite(tensor.float()).all():

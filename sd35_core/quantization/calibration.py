@@ -35,10 +35,25 @@ class Call(NamedTuple):
         return Call(*(None if tensor is None else change(tensor) for tensor in self))
 
 
+MOST_CALLS = 64
+"""That are kept of a run."""
+
+
 class Calls(list[Call]):
-    """Recorded calls; `base` is what a ControlNet was called with."""
+    """Recorded calls, evenly over the run; `base` is what a ControlNet was called with."""
 
     base: Any = None
+    heard = 0
+    apart = 1
+
+    def hear(self, call: Call) -> None:
+        """Keep a call if it is its turn; of too many every other one is dropped."""
+        if self.heard % self.apart == 0:
+            self.append(call.map(lambda tensor: tensor.detach().cpu()))
+        self.heard += 1
+        if len(self) > MOST_CALLS:
+            del self[1::2]
+            self.apart *= 2
 
     def chosen(self) -> list[Call]:
         """Rows of calls from the whole run, early and late, with TOKENS image tokens in all."""
@@ -73,8 +88,7 @@ def recorded(network: nn.Module) -> Iterator[Calls]:
         given = {**dict(zip(names, arguments)), **named}
         given["timestep"] = given.get("timesteps", given.get("timestep"))
         calls.base = given.get("base")
-        call = Call(*(given.get(field) for field in Call._fields))
-        calls.append(call.map(lambda tensor: tensor.detach().cpu()))
+        calls.hear(Call(*(given.get(field) for field in Call._fields)))
 
     handle = network.register_forward_pre_hook(keep, with_kwargs=True)
     try:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from sd35_core.network.config import MMDiTXConfig
 from sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
 from sd35_core.packing.formats import FP8, INT8
+from sd35_core.packing.kitchen import CONVROT_INT8, CONVROT_W4A4, MXFP8, NVFP4
 from sd35_core.quantization.plan import Plan
 from tools.parity import weight
 
@@ -191,7 +193,26 @@ def adaln_lora() -> dict[str, Tensor]:
     return {**lora("kohya"), f"{name}.lora_up.weight": 0.02 * up, f"{name}.lora_down.weight": down}
 
 
-PLANS = {"int8": Plan(8, INT8), "fp8": Plan(8, FP8), "2 bit": Plan(2, INT8)}
+OF_THE_HOST = {
+    "int8 convrot": Plan(8, CONVROT_INT8),
+    "mxfp8": Plan(8, MXFP8),
+    "nvfp4": Plan(4, four=NVFP4),
+    "convrot w4a4": Plan(4, four=CONVROT_W4A4),
+}
+PLANS = {
+    "int8": Plan(8, INT8), "fp8": Plan(8, FP8), "4 bit": Plan(4), "3 bit": Plan(3, INT8, 3),
+    "2 bit": Plan(2, INT8), **OF_THE_HOST,
+}  # fmt: skip
+
+
+def skip_unless_known(name: str) -> None:
+    """Skip a format of the host's own where the host is older."""
+    from comfy.quant_ops import QUANT_ALGOS
+
+    plan = OF_THE_HOST.get(name)
+    form = "" if plan is None else (plan.eight if plan.bits == 8 else plan.four)
+    if form and form.removesuffix(" with convrot") not in QUANT_ALGOS:
+        pytest.skip(f"this ComfyUI knows no {form}")
 
 
 def sampled(comfy: SimpleNamespace, model: Any, conds: Any) -> torch.Tensor:

@@ -15,7 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from sd35_core.checkpoint.tensor_file import TensorFile, write_file
 from sd35_core.encoders.t5 import T5Config, T5Encoder, t5_tokenizer
+from sd35_core.packing.formats import FP8, RAW_FP8
+from sd35_core.packing.kitchen import NVFP4
 from sd35_core.pipeline import Pipeline
+from sd35_core.quantization.plan import Plan
+from sd35_core.quantization.quantize import quantize_file
 from tools import host as hosts
 from tools.nano.prepare import clip_tokenizer
 
@@ -106,7 +110,7 @@ def test_weighted_and_long_prompts_are_encoded(comfy: SimpleNamespace) -> None:
 def with_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model with a T5 of random weights."""
     torch.manual_seed(1)
-    t5 = T5Encoder(T5Config(48, 3, 2))
+    t5 = T5Encoder(T5Config(64, 4, 2))
     t5.initialise()
     file = TensorFile(NANO)
     described = json.loads(file.metadata["sd35_config"])
@@ -141,6 +145,43 @@ def test_a_model_with_a_small_t5_is_saved_and_loaded_whole(
     comfy.sd.save_checkpoint(str(saved), model, clip, vae)
     again = comfy.text.clip_from(comfy.loading.read(saved), WHOLE)
     assert difference(encode(again, PROMPT)[0], encode(clip, PROMPT)[0]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("plan", "most"), [(Plan(8), 0.05), (Plan(8, FP8), 0.1), (Plan(4, four=NVFP4), 0.4)]
+)
+def test_a_quantized_t5_reads_nearly_as_before(
+    comfy: SimpleNamespace, with_t5: Path, tmp_path: Path, plan: Plan, most: float
+) -> None:
+    """In ComfyUI's own text path, which knows these formats."""
+    prefix = "text_encoders.t5xxl.transformer."
+    file = TensorFile(with_t5)
+    alone = {k.removeprefix(prefix): file[k] for k in file if k.startswith(prefix)}
+    save_file(alone, tmp_path / "t5.safetensors")
+    form = plan.eight if plan.bits == 8 else plan.four
+    if form not in comfy.quant_algos:
+        pytest.skip(f"this ComfyUI knows no {form}")
+    out, report = quantize_file(tmp_path / "t5.safetensors", plan)
+    assert {layer.name.split(".")[-2] for layer in report.layers} == {
+        "q", "k", "v", "o", "wi_0", "wi_1", "wo",
+    }  # fmt: skip
+    paths = {"clip_l": None, "clip_g": None, "t5xxl": str(out)}
+    whole, packed = (comfy.text.clip_from(comfy.loading.read(with_t5), p) for p in (WHOLE, paths))
+    seen, expected = (encode(clip, PROMPT)[0][:, 77:] for clip in (packed, whole))
+    assert 1e-4 < difference(seen, expected) < most
+    with pytest.raises(Exception, match="does not know 2 bits of this pack"):
+        quantize_file(tmp_path / "t5.safetensors", Plan(2))
+
+
+def test_a_packed_clip_is_refused_and_a_cast_one_is_not(tmp_path: Path) -> None:
+    prefix = "text_encoders.clip_l.transformer."
+    file = TensorFile(NANO)
+    alone = {k.removeprefix(prefix): file[k] for k in file if k.startswith(prefix)}
+    save_file(alone, tmp_path / "clip_l.safetensors")
+    with pytest.raises(Exception, match="CLIP is read by ComfyUI, which knows no packed layers"):
+        quantize_file(tmp_path / "clip_l.safetensors", Plan(8))
+    _, report = quantize_file(tmp_path / "clip_l.safetensors", Plan(8, RAW_FP8))
+    assert report.after < report.before and {layer.form for layer in report.layers} == {RAW_FP8}
 
 
 def test_a_published_clip_l_goes_through_the_hosts_loader(

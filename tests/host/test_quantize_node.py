@@ -78,6 +78,29 @@ def test_a_model_is_written_beside_the_original(
     assert any(key.startswith("text_encoders.") for key in file), "the other parts are kept"
 
 
+def test_bits_where_they_matter_fit_a_size(
+    comfy: SimpleNamespace, folder: Path, parts: Any, quantize: Any, ksampler: Any
+) -> None:
+    fit = {"model": parts.model, "clip": parts.clip, "size": 0.009}
+    report = quantize("to fit a size", **fit)
+    out = folder / "sd35_nano_0.009gb.safetensors"
+    assert str(out) in report and "fitted to 0.009 GB (calibrated)" in report
+    file = TensorFile(out)
+    parts_of_model = [k for k in file if k.startswith("model.diffusion_model.")]
+    taken = sum(file[k].numel() * file[k].element_size() for k in parts_of_model)
+    assert 0.93 * 9e6 < taken < 1.01 * 9e6
+    forms = {bytes(file[k].tolist()) for k in parts_of_model if k.endswith("comfy_quant")}
+    assert len(forms) > 1
+    conds = [comfy.calibration.encoded(parts.clip, p) for p in PROMPTS.splitlines()]
+    settings = {"positive": conds[0], "negative": conds[1]}
+    again = comfy.loading.load_model(str(out), "default")
+    assert difference(ksampler(again, **settings), ksampler(parts.model, **settings)) < 0.5
+    with pytest.raises(Exception, match="smallest that can be made of it is"):
+        quantize("to fit a size", **{**fit, "size": 0.002})
+    with pytest.raises(Exception, match="connect model and clip"):
+        quantize("to fit a size", model=parts.model)
+
+
 def test_a_controlnet_is_calibrated_on_its_base(
     comfy: SimpleNamespace, folder: Path, parts: Any, quantize: Any
 ) -> None:
@@ -145,12 +168,12 @@ def test_a_file_that_another_wrote_stays_and_the_report_says_so(
     for _ in range(2):
         report = quantize("8 bit (int8)", model=parts.model)
         assert f"'{name.name}' is there already and was not written by SD3.5 Quantize" in report
-        assert f"Wrote {second}." in report
+        assert f"Wrote {second}:" in report
     assert name.is_symlink() and (folder / NANO.name).read_bytes() == source
     name.unlink()
     for _ in range(2):
         report = quantize("8 bit (int8)", model=parts.model)
-        assert f"Wrote {name}." in report and "is there already" not in report
+        assert f"Wrote {name}:" in report and "is there already" not in report
     assert {path.name for path in folder.iterdir()} == {
         NANO.name, DEPTH.name, name.name, second.name,
     }  # fmt: skip
@@ -182,7 +205,9 @@ def test_a_model_of_the_pack_is_written_into_the_hosts_folder(
     ):
         report = quantize(format, model=model, **given)
         out = base / "models" / "diffusion_models" / f"sd35_nano_{name}.safetensors"
-        assert report.startswith(f"Wrote {out}. Press R") and set(NANO.parent.iterdir()) == before
+        assert (
+            report.startswith(f"Wrote {out}: 22.5 MB ->") and set(NANO.parent.iterdir()) == before
+        )
         assert f"97.4% before, {score} after" in report
         comfy.files.folder_paths.filename_list_cache.clear()
         assert out.name in comfy.files.model_files()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,17 @@ from sd35_core.errors import CheckpointError, SettingError
 from sd35_core.network.config import MMDiTXConfig
 from sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
 from sd35_core.network.layers import grid_positions, split_axes
-from sd35_core.packing.formats import FORMATS, FP8, INT8, VQ2, pack, unpack
+from sd35_core.packing.formats import (
+    FORMATS,
+    FP8,
+    INT8,
+    VECTORS,
+    VQ2,
+    VQ3,
+    VQ4,
+    pack,
+    unpack,
+)
 from sd35_core.packing.layers import NativeLinear, PackedLinear, int8_product
 from sd35_core.quantization import quantize
 from sd35_core.quantization.__main__ import main
@@ -67,7 +78,9 @@ def bits(packed: dict[str, Tensor], weight: Tensor) -> float:
     return 8 * sum(t.numel() * t.element_size() for t in packed.values()) / weight.numel()
 
 
-@pytest.mark.parametrize(("form", "most"), [(INT8, 0.009), (FP8, 0.03), (VQ2, 0.33)])
+@pytest.mark.parametrize(
+    ("form", "most"), [(INT8, 0.009), (FP8, 0.03), (VQ2, 0.33), (VQ3, 0.19), (VQ4, 0.1)]
+)
 def test_a_format_keeps_what_its_bits_allow(form: str, most: float, weight: Tensor) -> None:
     packed = pack(weight, form)
     error = relative_error(weight, unpack(packed, form, torch.float32))
@@ -76,17 +89,31 @@ def test_a_format_keeps_what_its_bits_allow(form: str, most: float, weight: Tens
     assert all(torch.equal(packed[k].float(), again[k].float()) for k in packed)
 
 
-def test_2_bits_take_2_and_a_bit() -> None:
+@pytest.mark.parametrize(("form", "taken"), [(VQ2, 2.13), (VQ3, 3.13), (VQ4, 4.13)])
+def test_vectors_take_few_bits_more_than_their_name(form: str, taken: float) -> None:
     weight = torch.randn(1536, 1536, generator=torch.Generator().manual_seed(0))
-    assert 2.12 < bits(pack(weight, VQ2), weight) < 2.14
+    assert bits(pack(weight, form), weight) == pytest.approx(taken, abs=0.01)
 
 
-def test_calibration_lowers_the_error_of_the_output(weight: Tensor, moments: Tensor) -> None:
-    free = unpack(pack(weight, VQ2), VQ2, torch.float32)
-    packed = pack(weight, VQ2, moments)
-    calibrated = unpack(packed, VQ2, torch.float32)
+@pytest.mark.parametrize("form", VECTORS)
+def test_calibration_lowers_the_error_of_the_output(
+    form: str, weight: Tensor, moments: Tensor
+) -> None:
+    free = unpack(pack(weight, form), form, torch.float32)
+    packed = pack(weight, form, moments)
+    calibrated = unpack(packed, form, torch.float32)
     assert relative_error(weight, calibrated, moments) < 0.5 * relative_error(weight, free, moments)
-    assert packed["weight"].dtype == torch.uint8 and packed["weight"].shape == (256, 128)
+    assert packed["weight"].dtype == torch.uint8
+    assert packed["weight"].shape == (256, VECTORS[form].width(512))
+
+
+@pytest.mark.parametrize("form", VECTORS)
+def test_numbers_of_entries_go_into_bytes_and_back(form: str) -> None:
+    code = VECTORS[form]
+    numbers = torch.randint(code.entries, (5, 64), generator=torch.Generator().manual_seed(0))
+    packed = code.to_bytes(numbers)
+    assert packed.dtype == torch.uint8 and packed.shape == (5, code.width(64 * code.vector))
+    assert torch.equal(code.from_bytes(packed), numbers.int())
 
 
 def test_relative_error_is_that_of_outputs(weight: Tensor) -> None:
@@ -179,15 +206,22 @@ def test_a_position_table_of_columns_and_rows_is_stored_as_these(tmp_path: Path)
     assert split_axes(table) is None
 
 
-@pytest.mark.parametrize("values", [(3, INT8, 8), (8, "int4", 8), (2, INT8, 4)])
-def test_a_plan_that_does_not_exist_is_refused(values: tuple[int, str, int]) -> None:
+@pytest.mark.parametrize("values", [(5, INT8, 8), (8, "int4", 8), (2, INT8, 6), (4, INT8, 8, VQ2)])
+def test_a_plan_that_does_not_exist_is_refused(values: tuple[Any, ...]) -> None:
     with pytest.raises(SettingError):
         Plan(*values)
 
 
 @pytest.mark.parametrize(
     ("plan", "share"),
-    [(Plan(8), 0.6), (Plan(8, FP8), 0.6), (Plan(2), 0.45), (Plan(2, INT8, 2), 0.35)],
+    [
+        (Plan(8), 0.6),
+        (Plan(8, FP8), 0.6),
+        (Plan(4, INT8, 4), 0.45),
+        (Plan(3), 0.5),
+        (Plan(2), 0.45),
+        (Plan(2, INT8, 2), 0.35),
+    ],  # fmt: skip
 )
 def test_a_file_is_packed_and_loads(plan: Plan, share: float, model_file: Path) -> None:
     out, report = quantize_file(model_file, plan)
@@ -259,6 +293,20 @@ def test_calibration_helps_the_whole_model(model_file: Path) -> None:
         with torch.no_grad():
             errors.append(float((load(out, dtype=torch.float32)(*inputs) - expected).norm()))
     assert errors[1] < 0.9 * errors[0]
+
+
+def test_a_layer_is_on_the_disk_before_the_next_is_packed(model_file: Path) -> None:
+    """So that a large model needs memory for one layer alone."""
+    sizes = []
+
+    def look(done: int, total: int) -> None:
+        (partial,) = model_file.parent.glob(".sd35-*.partial")
+        sizes.append(partial.stat().st_size)
+
+    _, report = quantize_file(model_file, Plan(4), on_layer=look)
+    grown = [after - before for before, after in zip(sizes, sizes[1:])]
+    layers = report.layers[1:]
+    assert all(0.9 * layer.after < size <= layer.after for layer, size in zip(layers, grown))
 
 
 def test_nothing_is_written_when_it_is_stopped_or_quantized_twice(model_file: Path) -> None:
