@@ -13,6 +13,7 @@ from .quantize import SD35Quantize
 from .sampler import SD35Sampler, SD35Sigmas
 from .step_cache import SD35StepCache
 from .sweep import SD35SkipLayerSweep
+from .training import SD35TrainLoRA
 from .upscale import SD35Upscale
 
 
@@ -37,6 +38,7 @@ class SD35Extension(ComfyExtension):
             SD35SkipLayerSweep,
             SD35Upscale,
             SD35Quantize,
+            SD35TrainLoRA,
             SD35Check,
         ]
         return namesake.listed_first(own, SD35Loader)

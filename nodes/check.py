@@ -68,7 +68,7 @@ class SD35Check(io.ComfyNode):
     ) -> io.NodeOutput:
         node_id, prompt = cls.hidden.unique_id, cls.hidden.prompt or {}
         found = facts.findings_at(prompt, node_id, model, positive, negative, latent, vae)
-        text = report(found)
+        text = report(found, facts.loras_before(prompt, node_id, model))
         shown = told(text, node_id)
         if any(finding.severity in STOPS[strict] for finding in found):
             raise SettingError("Stopped before sampling, as 'strict' says.", *map(str, found))

@@ -59,6 +59,7 @@ GROUPS = {
     "b": ("B", "#557f88"),
     "sampling": ("Sampling", "#88557f"),
     "larger": ("Larger", "#88557f"),
+    "training": ("Training", "#3f8f7a"),
     "file": ("A smaller file", "#3f8f7a"),
     "picture": ("Picture", "#5f7f3f"),
 }
@@ -67,13 +68,14 @@ MEANINGS = {
     **dict.fromkeys(("SD35Loader", "SD35ControlNetLoader", "LoraLoaderModelOnly"), "model"),
     "SkipLayerGuidance": "guidance",
     **dict.fromkeys(("CLIPTextEncode", "EmptySD3LatentImage"), "prompt"),
-    "LoadImage": "first",
+    **dict.fromkeys(("LoadImage", "ImageInvert", "PrimitiveString"), "first"),
     **dict.fromkeys(("SD35ControlHint", "SD35ControlNetApply"), "control"),
     **dict.fromkeys(("SolidMask", "MaskComposite", "MaskPreview"), "mask"),
     **dict.fromkeys(("VAEEncode", "SetLatentNoiseMask", "SD35Sampler"), "sampling"),
     **dict.fromkeys(("SD35Check", "SD35SkipLayerSweep"), "sampling"),
     "SD35Quantize": "file",
     "SD35Upscale": "larger",
+    "SD35TrainLoRA": "training",
     **dict.fromkeys(
         ("VAEDecode", "ImageStitch", "ImageCompare", "PreviewImage", "SaveImage"), "picture"
     ),
@@ -81,11 +83,19 @@ MEANINGS = {
 """Class of a node -> its meaning, where nothing else about it says more."""
 
 
+TO_LEARN_FROM = ("Prompt of the first pictures", "Pictures to learn from")
+"""Titles of what makes pictures for a training."""
+MANY = 4
+"""Nodes of a group beside which a sampler is folded."""
+
+
 def meaning(node: dict[str, Any], workflow: dict[str, Any]) -> str:
     """The group that a node belongs to."""
     kind, title = node["type"], node.get("title") or ""
     if title[:2] in ("A:", "B:"):
         return title[0].lower()
+    if title in TO_LEARN_FROM:
+        return "first"
     if kind == "SD35Sampler" and title == "First picture":
         return "first"
     if kind == "VAEDecode":
@@ -130,7 +140,7 @@ def laid_out(workflow: dict[str, Any]) -> dict[str, Any]:
         x, y = place * step, below if place < 2 else 0
         resize([node for key in keys for node in grouped[key]], width, HIGHEST - y, len(keys))
         for key in keys:
-            bottom = stack(grouped[key], x + EDGE, y + HEAD, folded=len(keys) > 1)
+            bottom = stack(grouped[key], x + EDGE, y + HEAD, folded(grouped[key], keys))
             title, color = GROUPS[key]
             group = {"id": len(made["groups"]) + 1, "title": title, "color": color}
             group |= {"bounding": [x, y, width + 2 * EDGE, bottom - y], "font_size": 18}
@@ -140,14 +150,19 @@ def laid_out(workflow: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def stack(nodes: list[dict[str, Any]], x: float, y: float, folded: bool) -> float:
+def folded(nodes: list[dict[str, Any]], keys: list[str]) -> bool:
+    """Whether a group has no room for a sampler that draws a picture to start from."""
+    return len(keys) > 1 or len(nodes) > MANY
+
+
+def stack(nodes: list[dict[str, Any]], x: float, y: float, small: bool) -> float:
     """Place nodes below one another; gives where the group ends. Folded, a sampler that draws a
     picture to start from shows its title alone."""
     for node in nodes:
-        small = folded and node["type"] == "SD35Sampler"
-        node["flags"] = {"collapsed": True} if small else {}
+        fold = small and node["type"] == "SD35Sampler"
+        node["flags"] = {"collapsed": True} if fold else {}
         node["pos"] = [x, y + TITLE]
-        y += TITLE + (0 if small else node["size"][1]) + GAP
+        y += TITLE + (0 if fold else node["size"][1]) + GAP
     return y - GAP + EDGE
 
 

@@ -28,6 +28,7 @@ SHOWN_IN = {
     "sweep": ["SD35SkipLayerSweep"],
     "quantize": ["SD35Quantize"],
     "upscale": ["SD35Upscale"],
+    "train_lora": ["SD35TrainLoRA"],
 }  # fmt: skip
 """Workflow -> its nodes; what it lacks is put in."""
 NOT_RUN = {"quantize"}

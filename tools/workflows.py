@@ -90,6 +90,12 @@ NOTES = {
     "the same seed in 8 bits.\n\n*8 bit (int8)* hardly changes pictures and needs no prompts. "
     "*2 bit* is a quarter of it, changes them, and is calibrated on the prompts: take such as you "
     "will use, and for SD3.5 Medium and Large a side of 512.",
+    "train_lora": "### Teach it a style\nFour pictures are drawn and turned into negatives; *SD3.5 "
+    "Train LoRA* learns from them in a minute or two on a processor, writes **in_negative** into "
+    "models/loras, and the last sampler draws with it.\n\nFor pictures of your own connect *Load "
+    "Image-Text (from Folder)* to images and captions, or write a folder in ComfyUI's input folder "
+    "into folder. For SD3.5 Medium and Large take a side of 512, 500 steps or more and a rate of "
+    "0.0001. Cancelling leaves what was learned; the same queue again goes on from there.",
     "controlnet_canny": "### Keep the outline\nThe first picture's edges steer the second. To "
     "use a picture of your own, put *Load Image* in the place of *VAE Decode*.\n\n"
     "The second output of *SD3.5 Control Hint* shows what the ControlNet sees.",
@@ -146,12 +152,12 @@ SMALL_PROMPTS = {
 }
 """What the small model draws for the thumbnails: it knows few words."""
 
-SAME_SEED = {"compare", "quantize", "sweep"}
+SAME_SEED = {"compare", "quantize", "sweep", "train_lora"}
 """Where every run starts from one seed; elsewhere the last sampler takes a new one each time."""
 
 FILL = """({prompt, note, fixed}) => {
     const graph = window.app.graph;
-    const words = {SD35Quantize: 320, SD35SkipLayerSweep: 60};
+    const words = {SD35Quantize: 320, SD35SkipLayerSweep: 60, SD35TrainLoRA: 160};
     for (const [id, {inputs}] of Object.entries(prompt)) {
         const node = graph.getNodeById(id);
         const [width, height] = node.computeSize();

@@ -15,7 +15,7 @@ const HEIGHTS = { SD35Sampler: 180, SD35Upscale: 180, SkipLayerGuidance: 70 }; /
 const LOADERS = ["SD35Loader", "SD35ModelLoader"];
 const TELLING = [
     ...LOADERS, "SD35ControlNetLoader", "SD35StepCache", "SD35SkipLayerSweep", "SD35Quantize",
-    "SD35Check", "SD35Upscale",
+    "SD35Check", "SD35Upscale", "SD35TrainLoRA",
 ];
 const WATCHED = [
     ...TELLING, "SD35Sampler", "SkipLayerGuidance", "SD35ControlNetApply",

@@ -22,8 +22,9 @@ from ...sd35_core.workflow.finding import Finding
 from ...sd35_core.workflow.graph import Budget, TooLargeError
 from ...sd35_core.workflow.headers import model_of
 from ...sd35_core.workflow.links import leading_to
+from ...sd35_core.workflow.lora_files import lora_in, lora_words
 from ...sd35_core.workflow.reader import setups
-from ...sd35_core.workflow.setup import Control, Latent, Model, Prompt, Setup, Skip
+from ...sd35_core.workflow.setup import Control, Latent, Lora, Model, Prompt, Setup, Skip
 from ...sd35_core.workflow.workflow_file import api_graph
 from . import files
 from .control_base import StockMMDiT
@@ -98,6 +99,24 @@ def findings_at(
     return list(found)
 
 
+def loras_before(prompt: dict[str, Any], node_id: str | None, model: Any) -> list[str]:
+    """What the LoRAs are that the workflow puts on the model of the samplers after a node."""
+    facts = model_facts(model)
+    setups = setups_after(prompt, node_id)
+    return list(
+        dict.fromkeys(lora_words(lora) for setup in setups for lora in loras_on(setup, facts))
+    )
+
+
+def loras_on(setup: Setup, model: Model) -> tuple[Lora, ...]:
+    """A set-up's LoRAs, held against the model that arrived."""
+    paths = {lora.name: find_file("loras", lora.name) for lora in setup.loras}
+    return tuple(
+        replace(lora, file=lora_in(path, model)) if (path := paths[lora.name]) else lora
+        for lora in setup.loras
+    )
+
+
 def observed(
     setup: Setup, model: Any, positive: Any, negative: Any, latent: dict[str, Any], vae: Any
 ) -> Setup:
@@ -118,6 +137,7 @@ def observed(
         skips=setup.skips if len(setup.skips) >= len(skips) else skips,
         controls=control_facts(positive, negative, setup.controls),
         latent=latent_facts(latent, setup.latent),
+        loras=loras_on(setup, facts),
         vae_channels=setup.vae_channels if vae is None else channels_of(vae),
         idle=setup.idle or idle_hooks(options.get("transformer_options", {}), facts.own),
     )

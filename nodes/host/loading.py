@@ -208,14 +208,15 @@ def summary(file: Tensors, model: Any, encoders: list[str]) -> str:
     return f"{name}: {size} parameters, {dtype}. Text encoders: {', '.join(encoders) or 'none'}."
 
 
-def file_of(model: Any) -> Path:
-    """The file of a MODEL. Raises SettingError for one that is changed or has no file."""
+def file_of(model: Any, does: str = "quantizes") -> Path:
+    """The file of a MODEL; `does` says what for. Raises SettingError for one that is changed or has
+    no file."""
     if model is None:
         raise SettingError("Connect a model or a ControlNet to quantize.")
     factory = getattr(model, "cached_patcher_init", None)
     if not factory or not Path(str(factory[1][0])).is_file():
         raise SettingError(
-            "This node quantizes the file behind a model, and this model has none. Load it with "
+            f"This node {does} the file behind a model, and this model has none. Load it with "
             "SD35Loader."
         )
     if str(factory[1][0]).lower().endswith(".gguf"):

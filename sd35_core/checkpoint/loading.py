@@ -16,7 +16,16 @@ from ..network.mmditx import MMDiTX
 from ..packing.formats import is_packed, packed_layers
 from ..packing.layers import PackedOperations
 from .gguf_file import EXTENSION, GGUFFile
-from .layouts import diffusion_model, dtype_name
+from .layouts import (
+    DIFFUSERS_MARK,
+    MARK,
+    PREFIXES,
+    diffusion_model,
+    dtype_name,
+    from_diffusers_key,
+    is_controlnet,
+    keys_under,
+)
 from .tensor_file import StateDict, TensorFile, Tensors
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -35,6 +44,27 @@ def shapes_of(state_dict: Mapping[str, Tensor]) -> Shapes:
     if isinstance(state_dict, Tensors):
         return {key: state_dict.shape(key) for key in state_dict}
     return {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+
+
+def described_config(file: Tensors) -> MMDiTXConfig | None:
+    """The shape of the SD3 model in a file, in Stability's or diffusers' layout."""
+    for prefix in PREFIXES:
+        shapes = {key: file.shape(prefix + key) for key in keys_under(file, prefix)}
+        if MARK in shapes:
+            return config_from_shapes(shapes, file.path.name)
+        if DIFFUSERS_MARK in shapes and not is_controlnet(file, prefix):
+            return config_from_shapes(_stability_shapes(shapes), file.path.name)
+    return None
+
+
+def _stability_shapes(shapes: Shapes) -> Shapes:
+    """diffusers' under Stability's keys; those of other keys are left out."""
+    placed = ((from_diffusers_key(key), shape) for key, shape in shapes.items())
+    return {
+        place.key: (place.parts * shape[0], *shape[1:]) if shape else shape
+        for place, shape in placed
+        if place is not None
+    }
 
 
 def checked_config(

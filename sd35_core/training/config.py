@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,15 @@ from ..network.controlnet import CONTROL_TYPES
 from ..network.latent import LATENT_CHANNELS, PIXELS
 from ..pipeline import MODEL, STATE
 from .dataset import Size
+from .lora import SPELLINGS, LoraPlan, checked_spelling
 
+OBJECTIVES = ("velocity",)
+TIMESTEPS = ("logit-normal", "uniform", "shifted")
 TO_BE_TRAINED = "what is to be trained"
 SAMPLES = "samples"
 """The folder in a run's with pictures on the way."""
+BEST, CURVE = "best.safetensors", "loss.png"
+"""In a run's folder: the best LoRA so far, and the losses."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,24 @@ class TrainingConfig:
     """blur, canny or depth: train a ControlNet for the model in `start`, which stays as it is.
     Its hints are made from the pictures; depth maps lie beside them as NAME.depth.png."""
     controlnet_layers: int = 1
+    lora_rank: int = 0
+    """Train a LoRA of this rank for the model in `start`, which stays as it is; 0: none."""
+    lora_alpha: float = 0.0
+    """Its strength is alpha / rank, 1 if this is 0."""
+    lora_targets: tuple[str, ...] = ("attention",)
+    """attention, mlp, modulation: the layers that it changes."""
+    lora_blocks: str = ""
+    """The blocks that it changes, such as "12-23"; all if empty. For Large also composition (12-24)
+    or detail (30-37), as Stability AI's guide has it."""
+    lora_stabilised: bool = False
+    """alpha / sqrt(rank) instead (rsLoRA): as strong at every rank."""
+    lora_keys: str = SPELLINGS[0]
+    """Whose names its file has: diffusers, kohya or comfyui. ComfyUI reads all three."""
+    trigger: str = ""
+    """Words of the captions that call what a LoRA learned; managers show them."""
+    checkpoint: bool = False
+    """Keep no block's inner values for the way back: a third slower, in a fraction of the
+    memory."""
     steps: int = 6000
     batch: int = 64
     accumulate: int = 1
@@ -75,6 +99,13 @@ class TrainingConfig:
     encoder_dropout: float = 0.08
     """The share of captions, and of each CLIP's outputs, that a step goes without, and of steps
     that go without T5."""
+    dropout_of: dict[str, float] = field(default_factory=dict)
+    """The same of single encoders, such as {clip_l = 0.1, t5xxl = 0.5}."""
+    objective: str = "velocity"
+    """What is learned: rectified flow's velocity, noise minus picture."""
+    timesteps: str = TIMESTEPS[0]
+    """How noisy the pictures of a step are: logit-normal, uniform, or shifted, uniform through
+    the shift that SD3.5 samples with."""
     shift: float = 1.0
     """Above 1, more of the timesteps are near the noise."""
     random_crops: float = 0.0
@@ -90,7 +121,11 @@ class TrainingConfig:
     bf16: bool = True
     compile: bool = False
     device: str = "auto"
+    memory: float = 0.0
+    """Gigabytes that training a LoRA may take on the device; 0: what is free there."""
     seed: int = 0
+    held_out: float = 0.0
+    """The share of pictures that are not learned from: by them the best LoRA is found."""
     save_every: int = 500
     samples: tuple[str, ...] = ()
     """Captions to draw with every checkpoint; needs `vae` or `pixels`, and `tokenizer`."""
@@ -101,6 +136,14 @@ class TrainingConfig:
     def cell(self) -> int:
         """Pixels of a latent cell, each way."""
         return 1 if self.pixels else PIXELS
+
+    @property
+    def lora(self) -> LoraPlan:
+        """Raises SettingError for one that can't be."""
+        alpha = self.lora_alpha or float(self.lora_rank)
+        return LoraPlan(
+            self.lora_rank, alpha, self.lora_targets, self.lora_blocks, self.lora_stabilised
+        )
 
     @property
     def network(self) -> MMDiTXConfig:
@@ -122,12 +165,23 @@ WORDS = {
     tuple: "a list", dict: "a table",
 }  # fmt: skip
 PATHS = ("output", "images", "vae", "tokenizer", "tokenizer_t5", "text_encoders", "start")
-TEXTS = ("examples", "samples")
+TEXTS = ("examples", "samples", "lora_targets")
+TABLES = ("metadata", "dropout_of")
 OPTIMISERS = ("adamw", "muon")
+KNOWN = {"optimiser": OPTIMISERS, "objective": OBJECTIVES, "timesteps": TIMESTEPS}
+"""Keys that take one of a few words."""
+_NO_FP16 = (
+    "training in fp16 is refused: its normal numbers end at 6e-5, below which gradients of a mean "
+    "over a picture lie, and nothing here scales losses up. bf16 reaches as far as fp32: leave "
+    "bf16 = true, or set bf16 = false for fp32."
+)
+REFUSED = {"fp16": _NO_FP16, "mixed_precision": _NO_FP16, "dtype": _NO_FP16}
+"""Keys of other trainers -> what to do here."""
 
 
-def read_config(path: Path) -> TrainingConfig:
-    """A TOML file. Raises SettingError for an unknown key, a value of another type, a lack."""
+def read_config(path: Path, defaults: Mapping[str, Any] = {}) -> TrainingConfig:
+    """A TOML file; `defaults` of keys that it leaves out. Raises SettingError for an unknown key, a
+    value of another type, a lack."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -138,6 +192,8 @@ def read_config(path: Path) -> TrainingConfig:
         raise SettingError(f"'{path}' can't be read as TOML: {error}") from error
     known = {f.name: f for f in fields(TrainingConfig)}
     for name, value in values.items():
+        if name in REFUSED:
+            raise SettingError(f"'{path.name}' has the key '{name}': {REFUSED[name]}")
         if name not in known:
             raise SettingError(
                 f"'{path.name}' has an unknown key '{name}'. Known are: {', '.join(known)}."
@@ -146,7 +202,9 @@ def read_config(path: Path) -> TrainingConfig:
             value = [value]
         if isinstance(value, list):
             value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
-        kind = {"output": str, "metadata": dict}.get(name, type(known[name].default))
+        kind = {"output": str, "metadata": dict, "dropout_of": dict}.get(
+            name, type(known[name].default)
+        )
         allowed = (int, float) if kind is float else kind
         if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
             raise SettingError(f"'{path.name}': {name} is {value!r}, but should be {WORDS[kind]}.")
@@ -168,7 +226,7 @@ def read_config(path: Path) -> TrainingConfig:
     values["examples"] = tuple(map(absolute, values.get("examples", ())))
     if "output" not in values:
         raise SettingError(f"'{path.name}' lacks the key 'output', the folder to write to.")
-    config = TrainingConfig(**values)
+    config = TrainingConfig(**{**defaults, **values})
     if bool(config.images) == bool(config.examples):
         raise SettingError(f"'{path.name}' needs either 'images' or 'examples'.")
     if config.pixels not in (0, 1, 3) or (config.pixels and (config.vae or config.controlnet)):
@@ -180,9 +238,10 @@ def read_config(path: Path) -> TrainingConfig:
         raise SettingError(
             f"'{path.name}': patch is {config.patch}; {PATCH.what} can be 1 to {PATCH.most}."
         )
-    if config.optimiser not in OPTIMISERS:
-        known = ", ".join(OPTIMISERS)
-        raise SettingError(f"'{path.name}': optimiser is '{config.optimiser}'; known are {known}.")
+    for name, words in KNOWN.items():
+        if (word := getattr(config, name)) not in words:
+            known = ", ".join(words)
+            raise SettingError(f"'{path.name}': {name} is '{word}'; known are {known}.")
     for name in ("clip_l", "clip_g", "t5xxl"):
         check_encoder_size(name, getattr(config, name), path.name)
     token = config.cell * config.patch
@@ -195,6 +254,8 @@ def read_config(path: Path) -> TrainingConfig:
             )
     if config.controlnet:
         check_controlnet(config, path.name)
+    if config.lora_rank:
+        check_lora(config, path.name)
     if config.images or config.samples:
         given = {"vae": config.vae or config.pixels, "tokenizer": config.tokenizer}
         if config.t5xxl:
@@ -231,13 +292,37 @@ def check_controlnet(config: TrainingConfig, name: str) -> None:
         raise SettingError(f"'{name}': no samples are drawn while a ControlNet is trained.")
 
 
+def check_lora(config: TrainingConfig, name: str) -> None:
+    """Raise SettingError unless a LoRA can be trained so."""
+    if config.controlnet:
+        raise SettingError(f"'{name}': a run trains a LoRA or a ControlNet, not both.")
+    for key in ("start",) if config.examples else ("start", "text_encoders"):
+        if not getattr(config, key):
+            raise SettingError(f"'{name}': a LoRA is trained on a model; it needs '{key}'.")
+    config.lora  # noqa: B018, says what is wrong with it
+    checked_spelling(config.lora_keys, f"'{name}': lora_keys")
+
+
+def shape_given(network: MMDiTXConfig) -> dict[str, Any]:
+    """What of a TrainingConfig a given network decides."""
+    return {
+        "depth": network.depth,
+        "dual_blocks": len(network.dual_blocks),
+        "pos_embed_max_size": network.pos_embed_max_size,
+        "context_dim": network.context_dim,
+        "patch": network.patch_size,
+    }
+
+
 def check_output(folder: Path) -> None:
     """Raise SettingError where a run would replace what no training wrote."""
-    state, model = (metadata_of(folder / name) for name in (STATE, MODEL))
+    state = metadata_of(folder / STATE)
     known = {STATE: "step" in state and "config" in state}
-    known[MODEL] = "steps_trained" in model.get("sd35_config", "")
+    for name in (MODEL, BEST):
+        known[name] = "steps_trained" in metadata_of(folder / name).get("sd35_config", "")
     others = [folder / name for name in known if os.path.lexists(folder / name) and not known[name]]
     if not any(known.values()):
+        others += [folder / CURVE] if os.path.lexists(folder / CURVE) else []
         others += sorted(p for p in (folder / SAMPLES).glob("*.png") if p.stem.isdigit())
     if others:
         raise SettingError(

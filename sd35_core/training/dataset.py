@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +15,21 @@ from ..encoders.hints import made_hint, vae_input
 from ..encoders.t5 import t5_rows
 from ..encoders.text_encoder import KINDS, Tokenize, padded_tokens
 from ..errors import SettingError
+from ..network.latent import PIXELS
 
 Examples = dict[str, Tensor]
 """latents (N, C, H, W) fp16 on the VAE's scale; tokens_l and tokens_g (N, 77) int32, and
 tokens_l_empty and tokens_g_empty (77,), the caption without words; tokens_t5 (N, L) and
-tokens_t5_empty (L,) where T5 reads too."""
+tokens_t5_empty (L,) where T5 reads too. Captions that a host encoded have in place of tokens
+context (N, L, C) and pooled (N, P), those of the caption without words, context_empty (L, C) and
+pooled_empty (P,), and clip (2,): the number of the CLIPs' rows, and of CLIP-L's columns."""
+PER_PICTURE = ("latents", "tokens_l", "tokens_g", "tokens_t5", "hints", "context", "pooled")
+"""Tensors of examples whose rows are pictures; the others hold for all."""
 
 Size = tuple[int, int]
 DEPTH = ".depth.png"
+LEAST_SIDE = TOKEN = 2 * PIXELS
+"""Pixels of what becomes a token of published models, each way; smaller pictures hold nothing."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -40,6 +48,25 @@ def read_folder(
     `controlnet` (blur, canny or depth) each example gets its hint too. Raises SettingError for a
     folder without pictures, a picture that can't be read, a missing caption or depth map.
     """
+    paths = captioned_in(folder)
+    latents: dict[Size, list[Tensor]] = defaultdict(list)
+    hints: dict[Size, list[Tensor]] = defaultdict(list)
+    captions: dict[Size, list[str]] = defaultdict(list)
+    for path in paths:
+        pixels, size = read_picture(path, sizes)
+        latents[size].append(encoded_picture(autoencoder, pixels[None]))
+        if controlnet:
+            hints[size].append(encoded_hint(autoencoder, hint_of(path, pixels, size, controlnet)))
+        captions[size].append(caption_of(path))
+    return [
+        {"latents": torch.cat(latents[size]), **tokens_of(captions[size], tokenize, tokenize_t5)}
+        | ({"hints": torch.cat(hints[size])} if controlnet else {})
+        for size in latents
+    ]
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """In the order of their names, without depth maps. Raises SettingError where there are none."""
     if not folder.is_dir():
         raise SettingError(f"images: '{folder}' is not a folder.")
     paths = sorted(
@@ -50,26 +77,35 @@ def read_folder(
     if not paths:
         kinds = ", ".join(PICTURES)
         raise SettingError(f"images: '{folder}' has no pictures; looked for {kinds} files.")
+    return paths
+
+
+def captioned_in(folder: Path) -> list[Path]:
+    """The same. Raises SettingError where one has no caption too."""
+    paths = pictures_in(folder)
     bare = [path for path in paths if not path.with_suffix(".txt").is_file()]
     if bare:
         raise SettingError(
             f"images: '{bare[0].name}' has no caption ({len(bare)} of {len(paths)} have none). "
             f"Write one into '{bare[0].with_suffix('.txt')}'; an empty file is allowed."
         )
-    latents: dict[Size, list[Tensor]] = defaultdict(list)
-    hints: dict[Size, list[Tensor]] = defaultdict(list)
-    captions: dict[Size, list[str]] = defaultdict(list)
-    for path in paths:
-        pixels, size = read_picture(path, sizes)
-        latents[size].append(encoded_picture(autoencoder, pixels[None]))
-        if controlnet:
-            hints[size].append(encoded_hint(autoencoder, hint_of(path, pixels, size, controlnet)))
-        captions[size].append(path.with_suffix(".txt").read_text(encoding="utf-8").strip())
-    return [
-        {"latents": torch.cat(latents[size]), **tokens_of(captions[size], tokenize, tokenize_t5)}
-        | ({"hints": torch.cat(hints[size])} if controlnet else {})
-        for size in latents
-    ]
+    return paths
+
+
+def captioned_pictures(folder: Path, sizes: list[Size]) -> list[tuple[Tensor, Size, str]]:
+    """Pictures (3, H, W) uint8 as `read_picture` gives them, with their captions."""
+    return [(*read_picture(path, sizes), caption_of(path)) for path in captioned_in(folder)]
+
+
+def caption_of(picture: Path) -> str:
+    """What the .txt file beside a picture says."""
+    return picture.with_suffix(".txt").read_text(encoding="utf-8").strip()
+
+
+def captions_in(folder: Path) -> list[str]:
+    """Of the pictures in a folder that have one."""
+    pictures = pictures_in(folder)
+    return [caption_of(path) for path in pictures if path.with_suffix(".txt").is_file()]
 
 
 def hint_of(path: Path, pixels: Tensor, size: Size, controlnet: str) -> Tensor:
@@ -93,12 +129,46 @@ def read_picture(path: Path, sizes: list[Size]) -> tuple[Tensor, Size]:
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
         raise SettingError(f"images: '{path}' can't be read as a picture: {error}") from error
     ground = Image.new("RGBA", image.size, "white")
-    picture = Image.alpha_composite(ground, image).convert("RGB")
+    return fitted(Image.alpha_composite(ground, image).convert("RGB"), sizes, f"'{path}'")
+
+
+def fitted(picture: Any, sizes: list[Size], name: str = "a picture") -> tuple[Tensor, Size]:
+    """A picture of Pillow's in RGB as (3, H, W) uint8, as `read_picture` gives it.
+
+    Raises SettingError for one that is smaller than a token.
+    """
+    from PIL import Image, ImageOps
+
+    if min(picture.size) < LEAST_SIDE:
+        raise SettingError(
+            f"images: {name} has {picture.width}x{picture.height} pixels, too few to learn from; "
+            f"{LEAST_SIDE}x{LEAST_SIDE} are the least. Take it away, or use a larger one."
+        )
     shape = picture.width / picture.height
     size = min(sizes, key=lambda s: max(shape * s[1] / s[0], s[0] / s[1] / shape))
-    fitted = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
-    values = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
+    fit = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+    values = torch.frombuffer(bytearray(fit.tobytes()), dtype=torch.uint8)
     return values.view(size[1], size[0], 3).permute(2, 0, 1), size
+
+
+def picture_of(pixels: bytes, size: Size) -> Any:
+    """Rows of red, green and blue bytes as a picture of Pillow's."""
+    from PIL import Image
+
+    return Image.frombytes("RGB", size, pixels)
+
+
+def shapes_near(side: int) -> list[Size]:
+    """Sizes of about side x side pixels, from 2:1 to 1:2, whose sides are multiples of a token's
+    16 pixels."""
+    found = []
+    for wide, high in ((1, 1), (4, 3), (3, 2), (16, 9), (2, 1)):
+        width, height = (
+            max(TOKEN, TOKEN * round(side * part / TOKEN))
+            for part in ((wide / high) ** 0.5, (high / wide) ** 0.5)
+        )
+        found += [(width, height), (height, width)]
+    return list(dict.fromkeys(found))
 
 
 def encoded_picture(autoencoder: Autoencoder, pictures: Tensor) -> Tensor:
@@ -135,10 +205,32 @@ def tokens_of(
     return tensors
 
 
+def parted(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
+    """Those to learn from and a share to judge by, one at least of each.
+
+    Raises SettingError for a share or a group that allows no such parting.
+    """
+    count = len(examples["latents"])
+    held = max(1, round(share * count))
+    if not 0 < share < 1 or held >= count:
+        raise SettingError(
+            f"held_out is {share:g} of a group of {count} pictures; it is a share between 0 and 1 "
+            "that leaves pictures to learn from in every size. Lower it, or add pictures."
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    kept, judged = (
+        {key: t[rows] if key in PER_PICTURE else t for key, t in examples.items()}
+        for rows in (order[held:].sort().values, order[:held].sort().values)
+    )
+    return kept, judged
+
+
 def read_examples_file(path: str) -> Examples:
     """A group of examples. Raises CheckpointError or SettingError for a file without them."""
     tensors, _ = read_file(path)
     wanted = ("latents", "tokens_l", "tokens_g", "tokens_l_empty", "tokens_g_empty")
+    if "context" in tensors:
+        wanted = ("latents", "pooled", "context_empty", "pooled_empty", "clip")
     missing = [name for name in wanted if name not in tensors]
     if missing:
         raise SettingError(f"'{path}' has no examples to train on: it lacks {missing[0]}.")

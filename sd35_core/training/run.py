@@ -1,43 +1,50 @@
 """A run of training that can be stopped at any time and goes on bit for bit.
 
 In the folder `output` are then state.safetensors, the run itself; model.safetensors, a checkpoint
-for SD35Loader; and samples/, pictures on the way.
+for SD35Loader, a ControlNet or a LoRA; best.safetensors, the best LoRA on the way; loss.png, the
+curve of the losses; and samples/, pictures on the way.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.layouts import under
-from ..checkpoint.loading import fill, load
-from ..checkpoint.tensor_file import TensorFile, read_file, write_file
+from ..checkpoint.tensor_file import TensorFile, write_file
 from ..encoders.autoencoder import PixelSpace
-from ..encoders.described import load_encoders
+from ..encoders.described import T5, load_encoders
 from ..encoders.t5 import t5_tokenizer
-from ..encoders.text_encoder import columns_used, tokenizer
-from ..errors import CheckpointError, SettingError
-from ..network.controlnet import CONTROL_TYPES
+from ..encoders.text_encoder import KINDS, tokenizer
+from ..errors import SettingError
 from ..network.latent import to_model
 from ..pipeline import MODEL, STATE, Pipeline, Settings, load_vae
 from ..whole_file import sweep, write_picture
-from .config import SAMPLES, TO_BE_TRAINED, TrainingConfig, check_output
-from .dataset import Examples, Size, read_examples_file, read_folder
-from .objective import crops, draw_timesteps, flow_loss
-from .optimisers import MOMENTS, optimisers
-from .trained import Trained
+from .config import BEST, CURVE, SAMPLES, TrainingConfig, check_output, shape_given
+from .dataset import Examples, Size
+from .estimate import check_memory
+from .gathering import check_examples, gather_examples, held_out
+from .history import History
+from .objective import crops, draw_timesteps, flow_losses
+from .optimisers import optimisers
+from .prompts import dropouts, read_prompts
+from .state import read_state, write_state
+from .trained import Trained, to_be_trained, trainable_base
+from .written import learned, lora_metadata
 
-log = logging.getLogger("sd35")
-MINUTE = 60.0
+JUDGED = 8
+"""Batches by which the best is found."""
+
+
+class DivergedError(SettingError):
+    """Losses or gradients that are no numbers any more."""
 
 
 class Run:
@@ -46,35 +53,48 @@ class Run:
     Raises SettingError or CheckpointError for data or files that can't be used.
     """
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(
+        self,
+        config: TrainingConfig,
+        groups: list[Examples] | None = None,
+        captions: Sequence[str] = (),
+    ):
+        """`groups` and their `captions` are examples that are at hand already."""
         check_output(Path(config.output))
         encoders = load_encoders(TensorFile(config.text_encoders)) if config.text_encoders else {}
         sizes = {name: encoder.config.size for name, encoder in encoders.items()}
         self.config = config = replace(config, **sizes)
         self.device = torch.device(config.device if config.device != "auto" else best_device())
+        network = None
+        if config.lora_rank:
+            check_memory(config, groups, self.device)
+            network = trainable_base(config.start, config.bf16)
+            self.config = config = replace(config, **shape_given(network.config))
         self.vae = PixelSpace(config.pixels) if config.pixels else None
         if config.vae:
             self.vae = load_vae(Path(config.vae))
         self.tokenize = tokenizer(Path(config.tokenizer)) if config.tokenizer else None
         t5 = config.t5xxl and config.tokenizer_t5
         self.tokenize_t5 = t5_tokenizer(Path(config.tokenizer_t5)) if t5 else None
-        self.groups = self.read_examples()
+        self.captions = list(captions)
+        if groups is None:
+            groups, self.captions = gather_examples(
+                config, self.vae, self.tokenize, self.tokenize_t5
+            )
+        shape = network.config if network else config.network
+        check_examples(groups, config, shape.pooled_dim)
+        self.groups, self.held_out = held_out(groups, config)
         torch.manual_seed(config.seed)
-        self.model = Trained(config)
-        self.model.initialise()
-        for name, encoder in encoders.items():
-            setattr(self.model, name, encoder)
-        if config.start:
-            start = load(config.start, dtype=torch.float32).state_dict()
-            fill(self.model.diffusion_model, start, config.start, TO_BE_TRAINED)
-        if config.controlnet:
-            self.model.steer()
+        self.model = to_be_trained(config, network, encoders)
         self.model.to(self.device)
         if config.compile:
             self.model.diffusion_model.compile()
         self.learning = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         self.optimisers = optimisers(self.learning, config)
         self.average = {k: p.detach().clone() for k, p in self.learning.items()}
+        self.dropouts = dropouts(config.encoder_dropout, config.dropout_of)
+        self.history, self.best = History(), math.inf
+        self.seen: list[tuple[Tensor, Tensor]] = []  # noise levels and losses of this step
         self.step = 0
 
     @property
@@ -87,30 +107,6 @@ class Run:
             for group in optimiser.param_groups
             for parameter in group["params"]
         }
-
-    def read_examples(self) -> list[Examples]:
-        """One group per size."""
-        config = self.config
-        if config.examples:
-            groups = [read_examples_file(path) for path in config.examples]
-        else:
-            assert self.vae is not None and self.tokenize is not None, "read_config sees to it"
-            groups = read_folder(
-                Path(config.images), list(config.sizes), self.vae, self.tokenize,
-                config.controlnet, self.tokenize_t5,
-            )  # fmt: skip
-        if config.t5xxl and any("tokens_t5" not in group for group in groups):
-            raise SettingError("The examples have no tokens for T5 to read (tokens_t5).")
-        if config.controlnet and any("hints" not in group for group in groups):
-            raise SettingError("The examples have no hints to train a ControlNet with.")
-        cells = config.patch * config.pos_embed_max_size
-        largest = max(max(group["latents"].shape[2:]) for group in groups)
-        if largest > cells:
-            raise SettingError(
-                f"A picture is {config.cell * largest} pixels wide or high, but "
-                f"pos_embed_max_size {config.pos_embed_max_size} allows {config.cell * cells}."
-            )
-        return groups
 
     @property
     def size(self) -> Size:
@@ -131,17 +127,21 @@ class Run:
         progress = min(1.0, self.step / config.steps)
         return config.rate * warm * (0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * progress)))
 
-    def batch_loss(self, generator: torch.Generator) -> Tensor:
+    def batch_loss(
+        self, generator: torch.Generator, groups: Sequence[Examples] | None = None
+    ) -> Tensor:
         """The loss of a batch from one group, larger groups more often."""
         config, batch = self.config, self.config.batch
-        counts = torch.tensor([len(group["latents"]) for group in self.groups], dtype=torch.float)
-        examples = self.groups[int(torch.multinomial(counts, 1, generator=generator))]
+        groups = groups or self.groups
+        counts = torch.tensor([len(group["latents"]) for group in groups], dtype=torch.float)
+        examples = groups[int(torch.multinomial(counts, 1, generator=generator))]
         chosen = torch.randint(len(examples["latents"]), (batch,), generator=generator)
         uncaptioned = torch.rand(batch, generator=generator) < config.caption_dropout
-        kept = (torch.rand(2, batch, generator=generator) >= config.encoder_dropout).float()
+        rates = torch.tensor([[self.dropouts[name]] for name in KINDS])
+        kept = (torch.rand(2, batch, generator=generator) >= rates).float()
         x0 = to_model(examples["latents"][chosen].float())
         noise = torch.randn(x0.shape, generator=generator)
-        sigma = draw_timesteps(batch, generator, config.shift)
+        sigma = draw_timesteps(batch, generator, config.shift, config.timesteps)
         positions = None
         if config.random_crops:
             network = self.model.diffusion_model
@@ -150,50 +150,48 @@ class Run:
             patch = network.config.patch_size
             patches = (x0.shape[2] // patch, x0.shape[3] // patch)
             positions = crops(table, patches, batch, config.random_crops, generator)
-        tokens = []
-        columns = columns_used(examples["tokens_g"][chosen], config.prompt_tokens)
-        for name in ("tokens_l", "tokens_g"):
-            ids = examples[name][chosen, :columns].long()
-            ids[uncaptioned] = examples[f"{name}_empty"][:columns].long()
-            tokens.append(ids.to(self.device))
-        tokens_t5 = None
-        if config.t5xxl and torch.rand((), generator=generator) >= config.encoder_dropout:
-            ids = examples["tokens_t5"][chosen].long()
-            ids[uncaptioned] = examples["tokens_t5_empty"].long()
-            tokens_t5 = ids[:, : columns_used(ids, config.t5_tokens)].to(self.device)
-        x0, noise, sigma, kept = (t.to(self.device) for t in (x0, noise, sigma, kept))
+        t5 = "context" in examples or config.t5xxl
+        heard = t5 and float(torch.rand((), generator=generator)) >= self.dropouts[T5]
+        x0, noise, sigma = (t.to(self.device) for t in (x0, noise, sigma))
         hint = None
         if self.model.controlnet is not None:
             hint = to_model(examples["hints"][chosen].float()).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
-            context, y = self.model.encode(*tokens, kept=kept, tokens_t5=tokens_t5)
-            return flow_loss(
-                self.model.diffusion_model,
-                x0,
-                noise,
-                sigma,
-                context,
-                y,
-                positions,
-                self.model.controlnet,
-                hint,
+            least = (config.prompt_tokens, config.t5_tokens)
+            context, y = read_prompts(
+                self.model, examples, chosen, uncaptioned, kept, bool(heard), least
             )
+            losses = flow_losses(
+                self.model.diffusion_model, x0, noise, sigma, context, y, positions,
+                self.model.controlnet, hint, config.checkpoint,
+            )  # fmt: skip
+        self.seen.append((sigma, losses.detach()))
+        return losses.mean()
 
     def advance(self) -> float:
         """One optimiser step; everything random in it depends on the seed and the step alone."""
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
         total = 0.0
+        self.seen.clear()
         for _ in range(config.accumulate):
             loss = self.batch_loss(generator) / config.accumulate
             loss.backward()
             total += loss.item()
-        nn.utils.clip_grad_norm_(self.learning.values(), config.clip_norm)
+        length = float(nn.utils.clip_grad_norm_(self.learning.values(), config.clip_norm))
+        if not math.isfinite(total) or not math.isfinite(length):
+            raise DivergedError(
+                f"Training ran away at step {self.step + 1}: the loss is {total:g}, the gradient's "
+                f"length {length:g}. What was learned before is kept. Lower the rate (now "
+                f"{config.rate:g}) or raise warm_up ({config.warm_up}), and look for broken "
+                "pictures; then begin again in another folder."
+            )
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = self.rate()
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
+        self.history.add(*map(torch.cat, zip(*self.seen)))
         self.step += 1
         decay = min(config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
@@ -202,43 +200,61 @@ class Run:
         return total
 
     def save(self) -> None:
-        """Write everything that a resumed run needs, under the final name once it is whole.
-
-        Raises CheckpointError when it can't be written; the last checkpoint is then intact.
-        """
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.items()}
-        for name, optimiser in self.optimiser_of.items():
-            state = optimiser.state.get(self.learning[name], {})
-            tensors |= {f"{k}.{name}": state[k] for keys in MOMENTS for k in keys if k in state}
-        write_file(self.state_file, tensors, {"step": self.step, "config": asdict(self.config)})
+        """Write everything that a resumed run needs; as `write_state`."""
+        about: dict[str, Any] = {"step": self.step, "config": asdict(self.config)}
+        if math.isfinite(self.best):
+            about["best"] = self.best
+        write_state(
+            self.state_file, self.learning, self.average, self.optimiser_of, self.history, about
+        )
 
     def resume(self) -> None:
-        """Take up the last checkpoint, if there is one."""
+        """Take up the last checkpoint, if there is one; as `read_state`."""
         if not self.state_file.exists():
             return
-        tensors, metadata = read_file(self.state_file)
-        self.step = int(metadata["step"])
-        fill(self.model, under(tensors, "model."), str(self.state_file), TO_BE_TRAINED)
-        self.average = {k: v.to(self.device) for k, v in under(tensors, "average.").items()}
-        for name, optimiser in self.optimiser_of.items():
-            of_muon = not isinstance(optimiser, torch.optim.AdamW)
-            keys = [key for key in MOMENTS[of_muon] if f"{key}.{name}" in tensors]
-            if keys and len(keys) < len(MOMENTS[of_muon]):
-                raise CheckpointError(
-                    f"'{self.state_file}' does not fit {TO_BE_TRAINED}: of the moments of '{name}' "
-                    f"it has {keys[0]} alone. Choose another 'output', or begin again."
-                )
-            state = {key: tensors[f"{key}.{name}"].to(self.device) for key in keys}
-            if state and not of_muon:
-                state["step"] = torch.tensor(float(self.step))
-            optimiser.state[self.learning[name]] = state
+        self.average, self.history, said = read_state(
+            self.state_file, self.model, self.learning, self.optimiser_of, self.device
+        )
+        self.step = int(said["step"])
+        with suppress(ValueError):
+            self.best = float(said.get("best", "inf"))
 
-    def averaged(self) -> Trained:
-        """A copy of the model with the moving average's weights."""
-        model = Trained(self.config)
-        model.load_state_dict({**self.model.state_dict(), **self.average})
-        return model.requires_grad_(False).eval()
+    def keep_best(self) -> None:
+        """Write a LoRA under the name BEST where the average is better than ever before.
+
+        It is judged by the loss of the same batches with the same noise, of pictures that were held
+        out where there are some.
+        """
+        if not self.config.lora_rank:
+            return
+        generator = torch.Generator().manual_seed(self.config.seed)
+        with self.averaged():
+            losses = [
+                float(self.batch_loss(generator, self.held_out or self.groups))
+                for _ in range(JUDGED)
+            ]
+        loss = sum(losses) / len(losses)
+        if loss < self.best:
+            self.best = loss
+            self.write_model(Path(self.config.output) / BEST)
+
+    @contextmanager
+    def averaged(self) -> Iterator[Trained]:
+        """The model with the moving average's weights, for as long as they are needed."""
+        self.swap()
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Have weights that learn and their average change places."""
+        for name, parameter in self.learning.items():
+            learned = parameter.clone()
+            parameter.copy_(self.average[name])
+            self.average[name] = learned
 
     def draw_samples(self) -> None:
         """Draw the captions of `samples` in a row: samples/STEP.png."""
@@ -247,98 +263,81 @@ class Run:
         if not self.config.samples:
             return
         assert self.vae is not None and self.tokenize is not None, "read_config sees to it"
-        model = self.averaged().to(self.device)
         captions = list(self.config.samples)
-        pipeline = Pipeline(
-            model.diffusion_model, model.encoders, self.vae.to(self.device), self.tokenize,
-            tokens=self.config.prompt_tokens, tokenize_t5=self.tokenize_t5,
-        )  # fmt: skip
-        drawn = pipeline.draw(captions, list(range(len(captions))), Settings(size=self.size))
+        with self.averaged() as model:
+            pipeline = Pipeline(
+                model.diffusion_model, model.encoders, self.vae.to(self.device), self.tokenize,
+                tokens=self.config.prompt_tokens, tokenize_t5=self.tokenize_t5,
+            )  # fmt: skip
+            drawn = pipeline.draw(captions, list(range(len(captions))), Settings(size=self.size))
         file = Path(self.config.output) / SAMPLES / f"{self.step:06}.png"
         write_picture(file, Image.fromarray(torch.cat(drawn, dim=1).numpy()), replace=True)
 
     def write_model(self, path: Path) -> None:
         """The moving average in fp16: a single-file SD3.5 checkpoint, with the VAE if known, or
-        the ControlNet alone."""
-        model = self.averaged()
-        if model.controlnet is not None:
-            tensors = {key: t.half().cpu() for key, t in model.controlnet.state_dict().items()}
-            number = CONTROL_TYPES.index(self.config.controlnet)
-            tensors["control_type"] = torch.tensor([number], dtype=torch.int32)
-            about = {"steps_trained": self.step, **self.config.metadata}
-            write_file(path, tensors, {"sd35_config": about})
-            return
-        parts = {
-            "model.diffusion_model.": model.diffusion_model.state_dict(),
-            **{
-                f"text_encoders.{name}.transformer.": encoder.state_dict()
-                for name, encoder in model.encoders.items()
-            },
-            "first_stage_model.": self.vae.state_dict() if self.vae else {},
-        }
-        tensors = {
-            prefix + key: tensor.half().cpu()
-            for prefix, part in parts.items()
-            for key, tensor in part.items()
-        }
-        described = {
-            "text_encoders": {n: e.config.described() for n, e in model.encoders.items()},
-            "steps_trained": self.step,
+        the ControlNet or the LoRA alone."""
+        config = self.config
+        with self.averaged() as model:
+            tensors = learned(model, self.vae, config)
+        about: dict[str, Any] = {"steps_trained": self.step, **config.metadata}
+        metadata: dict[str, Any] = {}
+        if config.lora_rank:
+            about = {**self.about_the_lora(), **about}
+            metadata = {**self.about_lora, "ss_steps": self.step}
+        elif not config.controlnet:
+            about = {**self.about_the_whole(), **about}
+        metadata["sd35_config"] = about
+        if "title" in config.metadata:
+            metadata["modelspec.title"] = str(config.metadata["title"])
+        write_file(path, tensors, metadata)
+
+    @cached_property
+    def about_lora(self) -> dict[str, Any]:
+        """What a LoRA's file says of how it was trained; the base is read once for its hash."""
+        network = self.model.diffusion_model.config
+        return lora_metadata(self.config, network, self.size, self.captions)
+
+    def about_the_lora(self) -> dict[str, Any]:
+        """The plan of a LoRA."""
+        return {"lora": asdict(self.config.lora), "trigger": self.config.trigger}
+
+    def about_the_whole(self) -> dict[str, Any]:
+        """What a checkpoint says of its parts."""
+        return {
+            "text_encoders": {n: e.config.described() for n, e in self.model.encoders.items()},
             "pixels": self.config.pixels,
             "prompt_tokens": self.config.prompt_tokens,
             "size": list(self.size),
-            **self.config.metadata,
         }
-        title = str(self.config.metadata.get("title", "a small SD3.5"))
-        write_file(path, tensors, {"sd35_config": described, "modelspec.title": title})
 
-    def go_on(self) -> None:
-        """Train to the last step, with a progress bar, or a line a minute where there is no
-        terminal; Ctrl-C finishes the step, saves, stops."""
-        from tqdm import tqdm
+    def go_on(
+        self,
+        show: Callable[[float], object] = lambda loss: None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Path:
+        """Train to the last step, or to the step at which it is interrupted, and save; the file of
+        what was learned. `show` hears the loss of every step."""
+        config = self.config
+        file = Path(config.output) / MODEL
+        sweep(file.parent / SAMPLES)
+        while self.step < config.steps and not interrupted():
+            try:
+                show(self.advance())
+            except DivergedError:
+                self.write_model(file)
+                raise
+            if self.step % config.save_every == 0 and self.step < config.steps:
+                self.leave()
+        self.leave()
+        self.write_model(file)
+        return file
 
-        config, smooth, said = self.config, 0.0, time.monotonic()
-        sweep(Path(config.output) / SAMPLES)
-        with (
-            _until_interrupted() as interrupted,
-            tqdm(
-                total=config.steps, initial=self.step, unit="step", mininterval=1.0, disable=None
-            ) as bar,
-        ):
-            while self.step < config.steps and not interrupted():
-                loss = self.advance()
-                smooth = loss if smooth == 0 else 0.98 * smooth + 0.02 * loss
-                bar.update()
-                bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-                if bar.disable and time.monotonic() - said > MINUTE:
-                    said = time.monotonic()
-                    log.info(f"step {self.step} of {config.steps}, loss {smooth:.4f}")
-                if self.step % config.save_every == 0 and self.step < config.steps:
-                    self.save()
-                    self.draw_samples()
+    def leave(self) -> None:
+        """What lies in the folder from now on: the run, its curve, its best and its samples."""
+        self.keep_best()
         self.save()
-        model_file = Path(config.output) / MODEL
-        self.write_model(model_file)
+        write_picture(Path(self.config.output) / CURVE, self.history.curve(), replace=True)
         self.draw_samples()
-        log.info(f"stopped at step {self.step} of {config.steps}; wrote {model_file}")
-
-
-@contextmanager
-def _until_interrupted() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed; a second one stops at once."""
-    pressed = False
-
-    def press(*_: object) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
-    signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def best_device() -> str:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checkpoint.loading import fill, load
+from ..checkpoint.tensor_file import TensorFile
 from ..encoders.described import T5, Encoder
 from ..encoders.t5 import T5Config, T5Encoder, with_t5
 from ..encoders.text_encoder import ClipTextModel, clip_g, clip_l, joined_encodings
 from ..network.controlnet import ControlNetConfig, ControlNetEmbedder
 from ..network.layers import grid_positions
 from ..network.mmditx import MMDiTX
-from .config import TrainingConfig
+from ..packing.formats import is_packed
+from ..packing.layers import PackedLinear
+from .config import TO_BE_TRAINED, TrainingConfig
+from .lora import LoraLinear, LoraPlan, attach
 
 
 class _RMSNorm(nn.RMSNorm):
@@ -22,8 +29,14 @@ class _RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-class _Operations:
+class TrainedOperations:
     Linear, Conv2d, LayerNorm, RMSNorm = nn.Linear, nn.Conv2d, nn.LayerNorm, _RMSNorm
+
+
+class PackedTrainedOperations(TrainedOperations):
+    """For a base whose layers may be packed."""
+
+    Linear = PackedLinear
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, context_tokens: int) -> Tensor:
@@ -35,9 +48,11 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, context_tokens: int) -> Ten
 class Trained(nn.Module):
     """All that learns: the network and its text encoders."""
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(self, config: TrainingConfig, network: MMDiTX | None = None):
+        """`network` is one that is there already, to be changed by a LoRA."""
         super().__init__()
-        self.diffusion_model = MMDiTX(config.network, _Operations)
+        self.diffusion_model = network or MMDiTX(config.network, TrainedOperations)
+        self.lora: dict[str, LoraLinear] = {}
         self.clip_l = ClipTextModel(clip_l(*config.clip_l))
         self.clip_g = ClipTextModel(clip_g(*config.clip_g))
         self.t5xxl: T5Encoder | None = None
@@ -49,7 +64,7 @@ class Trained(nn.Module):
             described = ControlNetConfig(
                 "2b", config.controlnet_layers, hidden, hidden, config.controlnet
             )
-            self.controlnet = ControlNetEmbedder(described, _Operations)
+            self.controlnet = ControlNetEmbedder(described, TrainedOperations)
 
     @property
     def encoders(self) -> dict[str, Encoder]:
@@ -75,6 +90,11 @@ class Trained(nn.Module):
         for encoder in (self.clip_l, self.clip_g, self.t5xxl):
             if encoder is not None:
                 encoder.initialise()
+
+    def adapt(self, plan: LoraPlan) -> None:
+        """Let a LoRA alone learn; at first it changes nothing."""
+        self.requires_grad_(False)
+        self.lora = attach(self.diffusion_model, plan)
 
     def steer(self) -> None:
         """Let the ControlNet alone learn: it begins as a copy of the base that changes nothing."""
@@ -113,3 +133,43 @@ class Trained(nn.Module):
         if self.t5xxl is None or tokens_t5 is None:
             return context, pooled
         return with_t5(context, self.t5xxl(tokens_t5)), pooled
+
+
+def to_be_trained(
+    config: TrainingConfig, network: MMDiTX | None, encoders: Mapping[str, Encoder]
+) -> Trained:
+    """A new model, one that goes on from a file, or a given one with a LoRA; with text encoders
+    that are there already."""
+    model = Trained(config, network)
+    if network is not None:
+        model.adapt(config.lora)
+    else:
+        model.initialise()
+    for name, encoder in encoders.items():
+        setattr(model, name, encoder)
+    if network is None and config.start:
+        start = load(config.start, dtype=torch.float32).state_dict()
+        fill(model.diffusion_model, start, config.start, TO_BE_TRAINED)
+    if config.controlnet:
+        model.steer()
+    return model
+
+
+def trainable_base(path: str, bf16: bool) -> MMDiTX:
+    """The network that a LoRA is trained on, its weights as they are used: in bf16 those that
+    autocast rounds so at every use, else in fp32. Packed ones stay packed. Raises
+    CheckpointError."""
+    operations = PackedTrainedOperations if is_packed(TensorFile(path)) else TrainedOperations
+    network = load(path, operations, None if bf16 else torch.float32)
+    if bf16:
+        halve(network)
+    return network
+
+
+def halve(network: MMDiTX) -> None:
+    """Keep the weights of plain layers in bf16, to which autocast rounds them at every use: the
+    same bits, and no rounded copy is kept for the way back."""
+    for module in network.modules():
+        if type(module) in (nn.Linear, nn.Conv2d):
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)

@@ -3,7 +3,8 @@
     python -m sd35_core.workflow FILE.json [--models COMFYUI/models] [--strict]
 
 prints what SD35Check would say, without running anything. Both formats are read: what the canvas
-saves and what it exports for the API.
+saves and what it exports for the API. Of a LoRA's file (.safetensors) it says for which model it
+is, whose names it has, its rank, and what of it ComfyUI leaves out.
 """
 
 from __future__ import annotations
@@ -12,22 +13,42 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..errors import SettingError
+from ..checkpoint.tensor_file import TensorFile
+from ..errors import CheckpointError, SettingError
 from ..words import printable
-from .check import LARGEST_FILE, SECONDS, check, files_under, report
+from .check import LARGEST_FILE, SECONDS, files_under, judged, report
 from .graph import TooLargeError
+from .lora_files import lora_in, lora_words
 from .reader import MOST
+from .setup import Lora
 from .workflow_file import is_node, read_workflow
+
+LORA_FILES = (".safetensors", ".sft")
+
+
+def about_lora(path: Path) -> int:
+    """Say what a LoRA is; 1 where layers of it match no model, 2 where it is none."""
+    try:
+        TensorFile(path)
+    except CheckpointError as error:
+        sys.stderr.write(f"{printable(error)}\n")
+        return 2
+    file = lora_in(path)
+    sys.stdout.write(f"{lora_words(Lora(path.name, file=file))}\n")
+    return 2 if not (file.layers or file.text) else int(file.matched != file.layers)
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m sd35_core.workflow", description="Check a workflow without running it."
+        prog="python -m sd35_core.workflow",
+        description="Check a workflow, or a LoRA's file, without running it.",
     )
     parser.add_argument("file", type=Path, help="as the canvas saves it, or exported for the API")
     parser.add_argument("--models", type=Path, help="ComfyUI's models folder")
     parser.add_argument("--strict", action="store_true", help="warnings fail too")
     options = parser.parse_args(arguments)
+    if options.file.suffix.lower() in LORA_FILES:
+        return about_lora(options.file)
     try:
         with options.file.open("rb") as file:
             data = file.read(LARGEST_FILE + 1)
@@ -36,7 +57,7 @@ def main(arguments: list[str]) -> int:
         if options.models is not None and not options.models.is_dir():
             raise SettingError(f"'{options.models}' is no folder: --models names ComfyUI's models.")
         workflow = read_workflow(data)
-        found = check(workflow, files_under(options.models), SECONDS)
+        found = judged(workflow, files_under(options.models), SECONDS)
     except (OSError, SettingError) as error:
         sys.stderr.write(f"{options.file}: {error}\n")
         return 2
@@ -49,9 +70,9 @@ def main(arguments: list[str]) -> int:
         sys.stdout.write(
             f"Not read: {names}, without a class. A node pack was missing when this was exported.\n"
         )
-    for key, said in found.items():
-        sys.stdout.write(f"Sampler {key}:\n{report(said)}\n")
-    worst = {finding.severity for said in found.values() for finding in said}
+    for key, (said, loras) in found.items():
+        sys.stdout.write(f"Sampler {key}:\n{report(said, loras)}\n")
+    worst = {finding.severity for said, _ in found.values() for finding in said}
     return int("error" in worst or (options.strict and "warning" in worst))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .finding import Finding, Rule
 from .graph import Budget
+from .lora_files import lora_words
 from .reader import FindFile, setups
 from .rules.controls import about_controls
 from .rules.inputs import about_encoders, about_latent, about_prompts
@@ -42,8 +44,15 @@ def files_under(folder: Path | None) -> FindFile:
 def check(
     workflow: dict[str, Any], find_file: FindFile, seconds: float = math.inf
 ) -> dict[str, list[Finding]]:
-    """Sampler's node id -> what there is to say. Raises SettingError for no workflow, and for one
-    that takes more than so many seconds.
+    """Sampler's node id -> what there is to say; as `judged`."""
+    return {key: found for key, (found, _) in judged(workflow, find_file, seconds).items()}
+
+
+def judged(
+    workflow: dict[str, Any], find_file: FindFile, seconds: float = math.inf
+) -> dict[str, tuple[list[Finding], list[str]]]:
+    """Sampler's node id -> what there is to say, and what its LoRAs are. Raises SettingError for no
+    workflow, and for one that takes more than so many seconds.
 
     Where one sampler draws with SD3, those that draw with other models are left alone.
     """
@@ -51,7 +60,10 @@ def check(
     graph = api_graph(workflow, budget)
     found = setups(graph, find_file, budget)
     ours = any(setup.model is not None and setup.model.kind == SD3 for setup in found.values())
-    return {key: _checked(setup, ours) for key, setup in found.items()}
+    return {
+        key: (_checked(setup, ours), [lora_words(lora) for lora in setup.loras])
+        for key, setup in found.items()
+    }
 
 
 def _checked(setup: Setup, ours: bool) -> list[Finding]:
@@ -75,9 +87,10 @@ def findings(setup: Setup) -> list[Finding]:
     return sorted(dict.fromkeys(found), key=lambda finding: order.index(finding.severity))
 
 
-def report(found: list[Finding]) -> str:
-    """One line each, or that there is nothing to say."""
-    return "\n".join(map(str, found)) or "Nothing to say: this set-up fits SD3.5."
+def report(found: list[Finding], loras: Sequence[str] = ()) -> str:
+    """One line each, or that there is nothing to say; then what the LoRAs are."""
+    said = [str(finding) for finding in found] or ["Nothing to say: this set-up fits SD3.5."]
+    return "\n".join([*said, *loras])
 
 
 _RULES: tuple[Rule, ...] = (

@@ -25,6 +25,7 @@ NAMES = {
     SWEEP: "SD3.5 Skip Layer Sweep",
     UPSCALE: "SD3.5 Upscale",
     "SD35Quantize": "SD3.5 Quantize",
+    "SD35TrainLoRA": "SD3.5 Train LoRA",
     CHECK: "SD3.5 Check",
 }
 """Id -> what stands on the node."""

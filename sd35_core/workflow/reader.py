@@ -12,7 +12,7 @@ from typing import Any
 
 from ..sampling.schedules import DEFAULT_SHIFT
 from .graph import Budget, Graph, Link, TooLargeError
-from .headers import LoraFile, control_in, lora_in, model_in, model_named, vae_channels
+from .headers import control_in, model_in, model_named, vae_channels
 from .known_nodes import (
     CACHES,
     FAILING,
@@ -30,8 +30,19 @@ from .known_nodes import (
     is_theirs,
 )
 from .latents import Latents
+from .lora_files import lora_in
 from .own_nodes import LOADER, NAMES, NEED_OUR_MODEL, SAMPLER, SKIP, SWEEP, UPSCALE
-from .setup import Control, Encoders, Lora, Model, Prompt, Sampling, Setup, Skip
+from .setup import (
+    Control,
+    Encoders,
+    Lora,
+    LoraFile,
+    Model,
+    Prompt,
+    Sampling,
+    Setup,
+    Skip,
+)
 
 FindFile = Callable[[str, str], "Path | None"]
 """(folder, name) -> the file that a widget names."""
@@ -240,9 +251,7 @@ class Reader(Latents):
                 continue
             path = self.file(("loras",), name)
             strength = self.number(key, "strength_model")
-            found = lora_in(path, model) if path and model else LoraFile()
-            facts = (found.layers, found.matched, found.magnitudes, found.scale)
-            yield Lora(name, strength, *facts)
+            yield Lora(name, strength, lora_in(path, model) if path else LoraFile())
 
     def vae(self, sampler: str) -> int | None:
         """The channels of the VAE that decodes what a sampler gives."""

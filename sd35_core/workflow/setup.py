@@ -131,18 +131,37 @@ class Latent:
 
 
 @dataclass(frozen=True)
-class Lora:
-    """A LoRA: how many layers it changes, and how many of them the model has.
+class LoraFile:
+    """What a LoRA's file changes, and how many of its layers of a diffusion model are in this one.
 
-    magnitudes: vectors that ComfyUI leaves out; scale: a factor that it does not know of.
+    hidden: the width of the model that it was made for; text: layers of text encoders; ranks: least
+    and most; alpha and scale (alpha over rank) as its metadata say them, which ComfyUI does not
+    read: `alphas` says whether they stand among the values too, which it does; magnitudes: DoRA's
+    vectors under diffusers' names, which it leaves out; misfits: why a layer is not in this model,
+    how many share that, and one of them.
     """
 
-    name: str
-    strength: float | None = None
     layers: int | None = None
     matched: int | None = None
     magnitudes: int = 0
     scale: float = 1.0
+    alpha: float | None = None
+    alphas: bool = False
+    ranks: tuple[int, int] | None = None
+    hidden: int | None = None
+    made_for: str = ""
+    spelling: str = ""
+    text: int = 0
+    misfits: tuple[tuple[str, int, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA on the model."""
+
+    name: str
+    strength: float | None = None
+    file: LoraFile = LoraFile()
 
 
 @dataclass(frozen=True)

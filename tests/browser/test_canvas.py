@@ -149,6 +149,7 @@ def test_help_pages_are_served_for_every_node(server: hosts.Server) -> None:
         "SD35Sampler",
         "SD35Sigmas",
         "SD35SkipLayerSweep",
+        "SD35TrainLoRA",
         "SD35Upscale",
         "SkipLayerGuidance",
     }

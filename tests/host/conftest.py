@@ -71,6 +71,7 @@ def comfy(comfyui: hosts.Host, base: Path) -> SimpleNamespace:
         host_controlnet=module("host.controlnet"),
         calibration=module("host.calibration"),
         quantize=module("quantize"),
+        training=module("training"),
         guidance=module("guidance"),
         sampler=module("sampler"),
         upscale=module("upscale"),

@@ -177,12 +177,14 @@ def test_what_is_wrong_is_said_on_the_server(
     assert re.search(words, said(server, prompt))
 
 
-def test_a_lora_that_fits_gets_no_words(
+def test_a_lora_that_fits_is_described_and_nothing_is_wrong_with_it(
     server: hosts.Server, workflow: dict[str, Any], loras: None
 ) -> None:
     prompt = checked(workflow)
     lora("for nano.safetensors")(prompt)
-    assert said(server, prompt) == NOTHING
+    nothing, words = said(server, prompt).splitlines()
+    assert nothing == NOTHING
+    assert "names of kohya, rank 4" in words and "1 of 1 layers match" in words
 
 
 def test_objects_are_judged_where_the_workflow_says_nothing(

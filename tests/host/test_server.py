@@ -47,6 +47,7 @@ def test_nodes_are_listed_with_tooltips_on_every_widget(server: hosts.Server) ->
         "SD35Loader", "SkipLayerGuidance", "SD35Sampler", "SD35Sigmas",
         "SD35ControlNetLoader", "SD35ControlNetApply", "SD35ControlHint", "SD35StepCache",
         "SD35Quantize", "SD35Check", "SD35SkipLayerSweep", "SD35Upscale",
+        "SD35TrainLoRA",
     }  # fmt: skip
     for name, node in ours.items():
         assert node["description"]

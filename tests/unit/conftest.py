@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from sd35_core.encoders.text_encoder import clip_g, clip_l, padded_tokens
 from sd35_core.training.config import TrainingConfig
+from sd35_core.training.run import Run
 
 IMAGES = 8
 COLOURS = ["red", "green", "blue", "yellow", "purple", "white", "black", "orange"]
@@ -58,3 +60,17 @@ def folder(tmp_path: Path) -> Path:
         Image.new("RGB", (64, 64) if i % 2 else (96, 48), colour).save(images / f"{colour}.png")
         (images / f"{colour}.txt").write_text(f"a {colour} square\n", encoding="utf-8")
     return images
+
+
+@pytest.fixture
+def lora_config(config: TrainingConfig, tmp_path: Path) -> TrainingConfig:
+    """A LoRA on a base after a few steps."""
+    base = Run(replace(config, steps=30, output=str(tmp_path / "base")))
+    for _ in range(30):
+        base.advance()
+    base.write_model(tmp_path / "base.safetensors")
+    file = str(tmp_path / "base.safetensors")
+    return replace(
+        config, output=str(tmp_path / "run"), start=file, text_encoders=file, lora_rank=4,
+        lora_targets=("attention", "mlp", "modulation"), rate=1e-2,
+    )  # fmt: skip

@@ -256,15 +256,22 @@ WRONG: dict[str, tuple[Change, str, str]] = {
     "SD 1.5's VAE": (set_to("1", vae="sd15_vae.safetensors"), "vae channels", "4 latent channels"),
     "an SDXL LoRA": (lora("sdxl.safetensors"), "lora nothing", "none of its 1 layers"),
     "a LoRA of Large on Medium": (
-        lora("large_lora.safetensors"), "lora nothing", "'large_lora.safetensors' does nothing"),
+        lora("large_lora.safetensors"), "lora variant",
+        r"made for SD3.5 Large \(width 2432\), and the model is SD3.5 Medium \(width 1536\)"),
+    "a LoRA of Medium on Large": (
+        both(large, lora("medium_lora.safetensors")), "lora variant", "SD3.5 Medium or SD3 Medium"),
+    "a LoRA of FLUX": (
+        lora("flux.safetensors"), "lora nothing", "made for FLUX or Hunyuan Video"),
+    "a LoRA of SD3.5 Medium on blocks that lack attn2": (
+        lora("attn2.safetensors"), "lora part", "only 1 of 2 layers.*second attention"),
     "a LoRA at 0": (lora("medium_lora.safetensors", 0.0), "lora off", "strength 0"),
     "a LoRA on a quantized model": (
         both(nano, set_to("1", model="packed.safetensors"), lora("nano_lora.safetensors")),
         "lora quantized", "unpacked weights"),
     "a LoRA whose names ComfyUI does not know": (
-        lora("unet_lora.safetensors"), "lora nothing", "finds none of its 1 layers"),
+        lora("unet_lora.safetensors"), "lora nothing", "finds none of its 1 layers.*'unet."),
     "a LoHa of Large on Medium": (
-        lora("large_loha.safetensors"), "lora nothing", "finds none of its 1 layers"),
+        lora("large_loha.safetensors"), "lora variant", "width 2432"),
     "a LoKr of which one layer is not there": (
         lora("lokr.safetensors"), "lora part", "only 1 of 2 layers"),
     "diffusers' DoRA": (lora("dora.safetensors"), "lora dora", "leaves out its 1 magnitudes"),

@@ -27,8 +27,8 @@ ROOMS = {
         *("checkpoint", "encoders", "errors", "network", "packing", "pipeline", "whole_file"),
     },
     "training": {
-        *("checkpoint", "encoders", "errors", "limits", "network", "pipeline", "sampling"),
-        "whole_file",
+        *("checkpoint", "encoders", "errors", "limits", "network", "packing", "pipeline"),
+        *("sampling", "whole_file"),
     },
     "workflow": {"checkpoint", "errors", "limits", "network", "sampling", "words"},
 }

@@ -73,6 +73,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write("loras", "alpha.safetensors", **pair)
     write("loras", "sdxl.safetensors",
           **lora_of(640, lora_unet_down_blocks_1_attentions_0_proj_in=1))  # fmt: skip
+    write("loras", "flux.safetensors",
+          **lora_of(3072, lora_unet_double_blocks_0_img_attn_qkv=1))  # fmt: skip
+    write("loras", "attn2.safetensors", **lora_of(1536, **{
+        f"lora_unet_joint_blocks_{i}_x_block_attn2_qkv": 1 for i in (3, 20)}))  # fmt: skip
     write("diffusion_models", "flux.safetensors", double_blocks__0__img_attn__qkv__weight=(8, 8))
     write("diffusion_models", "packed.safetensors", **packed_header())
     return folder
@@ -96,6 +100,13 @@ def test_what_is_wrong_is_said(name: str, models: Path) -> None:
     assert len(said) == 1, found
     assert re.search(words, said[0].text)
     assert said[0].text.rstrip().endswith(".")
+
+
+def test_a_lora_of_large_on_medium_is_an_error(models: Path) -> None:
+    graph = medium()
+    WRONG["a LoRA of Large on Medium"][0](graph)
+    (found,) = check(graph, files_under(models)).values()
+    assert [finding.severity for finding in found] == ["error"]
 
 
 @pytest.mark.parametrize("name", RIGHT)

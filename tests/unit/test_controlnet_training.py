@@ -74,10 +74,10 @@ def test_it_is_written_as_a_controlnet_file(control_config: TrainingConfig, tmp_
     assert (loaded.config.kind, loaded.config.layers, loaded.config.control_type) == (
         "2b", 1, "canny",
     )  # fmt: skip
-    averaged = run.averaged().controlnet
-    assert averaged is not None
-    for key, tensor in averaged.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], tensor.half().float())
+    with run.averaged() as model:
+        assert model.controlnet is not None
+        for key, tensor in model.controlnet.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], tensor.half().float())
 
 
 def test_without_hints_it_does_not_start(

@@ -25,7 +25,7 @@ from sd35_core.encoders.text_encoder import END, START, tokenizer
 from sd35_core.errors import SD35Error, SettingError
 from sd35_core.pipeline import Pipeline
 from sd35_core.pipeline import main as draw
-from sd35_core.training import run as run_of_training
+from sd35_core.training import watching
 from sd35_core.training.__main__ import main
 from sd35_core.training.config import read_config
 from sd35_core.training.dataset import read_folder, read_picture
@@ -137,7 +137,7 @@ def test_the_program_trains_on_a_folder_and_writes_a_checkpoint(program: Path) -
 def test_where_nobody_watches_a_line_tells_how_far_it_is(
     program: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(run_of_training, "MINUTE", -1.0)
+    monkeypatch.setattr(watching, "MINUTE", -1.0)
     with caplog.at_level("INFO", logger="sd35"):
         assert main([str(program)]) == 0
     said = [line for line in caplog.messages if re.fullmatch(r"step \d of 6, loss \d\.\d{4}", line)]

@@ -34,6 +34,7 @@ from sd35_core.quantization.plan import Plan
 from sd35_core.quantization.quantize import quantized
 from sd35_core.training.config import TrainingConfig, read_config
 from sd35_core.workflow import headers
+from sd35_core.workflow.lora_files import lora_in
 from sd35_core.workflow.setup import Model
 
 from ..fuzzing import JUNK, SIZES, WRITTEN, survives
@@ -130,7 +131,7 @@ def test_safetensors(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> N
     survives(lambda: headers.model_in(path))
     survives(lambda: headers.control_in(path))
     survives(lambda: headers.vae_channels(path))
-    survives(lambda: headers.lora_in(path, Model(depth=4, hidden=256)))
+    survives(lambda: lora_in(path, Model(depth=4, hidden=256)))
 
 
 @WRITTEN
@@ -341,7 +342,7 @@ def test_block_numbers(sound: list[StateDict], tmp_path_factory: pytest.TempPath
         survives(lambda: load_controlnet(path))
         survives(lambda: headers.model_in(path))
         survives(lambda: headers.control_in(path))
-        survives(lambda: headers.lora_in(path, Model(depth=4, hidden=128)))
+        survives(lambda: lora_in(path, Model(depth=4, hidden=128)))
 
     read()
 

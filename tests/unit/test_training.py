@@ -240,7 +240,8 @@ def test_training_can_start_from_a_checkpoint(config: TrainingConfig, tmp_path: 
     file = tmp_path / "first.safetensors"
     first.write_model(file)
     second = Run(replace(config, start=str(file)))
-    expected = first.averaged().diffusion_model.state_dict()
+    with first.averaged() as model:
+        expected = {k: t.clone() for k, t in model.diffusion_model.state_dict().items()}
     for name, tensor in second.model.diffusion_model.state_dict().items():
         assert torch.equal(tensor, expected[name].half().float()), name
     with pytest.raises(CheckpointError, match=r"first.safetensors' does not fit .* to be trained"):
@@ -262,7 +263,16 @@ def test_a_state_that_does_not_fit_is_refused(config: TrainingConfig, tmp_path: 
         Run(run.config).resume()
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "model.safetensors", "samples/000100.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "state.safetensors",
+        "model.safetensors",
+        "best.safetensors",
+        "loss.png",
+        "samples/000100.png",
+    ],
+)
 def test_a_run_replaces_nothing_that_no_training_wrote(
     config: TrainingConfig, tmp_path: Path, name: str
 ) -> None:

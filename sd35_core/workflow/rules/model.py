@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from ...network.latent import LATENT_CHANNELS
 from ..finding import Finding, error, note, warning
+from ..lora_files import NAMED
 from ..own_nodes import ALIAS, LOADER, NAMES
-from ..setup import SD3, Setup
+from ..setup import SD3, LoraFile, Model, Setup
 
 
 def about_model(setup: Setup) -> Iterator[Finding]:
@@ -86,32 +87,44 @@ def about_loras(setup: Setup) -> Iterator[Finding]:
                 "lora off", f"The LoRA '{lora.name}' has strength 0 and does nothing. Remove it."
             )
             continue
-        if lora.layers and lora.matched == 0:
+        file, model = lora.file, setup.model
+        if not setup.is_sd3 or model is None:
+            pass
+        elif file.hidden and model.hidden not in (None, file.hidden):
+            yield error(
+                "lora variant",
+                f"The LoRA '{lora.name}' was made for {file.made_for} (width {file.hidden}), and "
+                f"the model is {_model_name(model)} (width {model.hidden}): ComfyUI leaves its "
+                "layers out with an error in the log. Choose a LoRA for this model, or the model "
+                "that it was made for.",
+            )
+        elif file.layers and file.matched == 0:
+            other = f"for {file.made_for}" if file.made_for else "for another one (SDXL, Flux?)"
             yield warning(
                 "lora nothing",
-                f"The LoRA '{lora.name}' does nothing: ComfyUI finds none of its {lora.layers} "
-                "layers in this model. It was made for another one (SDXL, Flux?), or its names "
-                "begin in a way that ComfyUI does not know; choose one for SD3.5.",
+                f"The LoRA '{lora.name}' does nothing: ComfyUI finds none of its {file.layers} "
+                f"layers in this model. It was made {other}, or its names begin in a way that "
+                f"ComfyUI does not know{_example(file)}; choose one for SD3.5.",
             )
-        elif lora.layers and lora.matched is not None and lora.matched < lora.layers:
+        elif file.layers and file.matched is not None and file.matched < file.layers:
             yield warning(
                 "lora part",
-                f"Of the LoRA '{lora.name}' only {lora.matched} of {lora.layers} layers are in "
-                "this model. It was made for another variant (Large for Medium?).",
+                f"Of the LoRA '{lora.name}' only {file.matched} of {file.layers} layers are in "
+                f"this model{_example(file)}. It was made for another variant (Large for Medium?).",
             )
-        if lora.magnitudes:
+        if file.magnitudes:
             yield warning(
                 "lora dora",
                 f"The LoRA '{lora.name}' is a DoRA as diffusers saves it: ComfyUI leaves out its "
-                f"{lora.magnitudes} magnitudes, so it draws otherwise than where it was trained. "
+                f"{file.magnitudes} magnitudes, so it draws otherwise than where it was trained. "
                 "Save it in kohya's layout (dora_scale).",
             )
-        if lora.scale != 1.0 and lora.strength is not None:
+        if file.scale != 1.0 and lora.strength is not None:
             yield warning(
                 "lora alpha",
-                f"The LoRA '{lora.name}' was trained with {lora.scale:g} times its weights (alpha "
+                f"The LoRA '{lora.name}' was trained with {file.scale:g} times its weights (alpha "
                 "over rank), which stands in its metadata alone, and ComfyUI does not read that. "
-                f"Set its strength to {lora.scale * lora.strength:g} where {lora.strength:g} is "
+                f"Set its strength to {file.scale * lora.strength:g} where {lora.strength:g} is "
                 "meant.",
             )
     if setup.model and setup.model.packed and any(lora.strength != 0 for lora in setup.loras):
@@ -120,6 +133,18 @@ def about_loras(setup: Setup) -> Iterator[Finding]:
             "The model is quantized: the LoRA is added to the unpacked weights at every use, "
             "exactly, and costs some time. Nothing is to be done.",
         )
+
+
+def _model_name(model: Model) -> str:
+    return NAMED.get(model.variant or "", "another SD3 model")
+
+
+def _example(file: LoraFile) -> str:
+    """The commonest reason why layers are left out, with one of them."""
+    if not file.misfits:
+        return ""
+    why, _, name = file.misfits[0]
+    return f" ('{name}' is {why})" if why.startswith(("a ", "no ", "of ")) else f" ('{name}')"
 
 
 def about_other_nodes(setup: Setup) -> Iterator[Finding]:

@@ -1,0 +1,178 @@
+"""A LoRA's training in the host: its VAE and text encoders, its folders, its cancel button."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from torch import Tensor
+
+from ...sd35_core.encoders.hints import rgb
+from ...sd35_core.errors import SettingError
+from ...sd35_core.network.latent import LATENT_CHANNELS
+from ...sd35_core.training.config import TrainingConfig
+from ...sd35_core.training.dataset import (
+    Examples,
+    Size,
+    captioned_pictures,
+    fitted,
+    picture_of,
+    shapes_near,
+)
+from ...sd35_core.training.run import Run
+from ...sd35_core.whole_file import free_name
+from .calibration import encoded
+from .files import first_folder, hashed
+from .memory import enough_memory
+from .report import progress
+
+PUBLISHED_CLIP_L = 768
+"""The columns of CLIP-L in the encodings of published models."""
+
+
+class Picture(NamedTuple):
+    """A picture to learn from, (3, H, W) uint8, its (width, height) and its caption."""
+
+    pixels: Tensor
+    size: Size
+    caption: str
+
+
+class Learned(NamedTuple):
+    """What a training left: the LoRA's file and the run."""
+
+    path: Path
+    run: Run
+
+
+def pictures_given(images: Sequence[Tensor], captions: Sequence[str], side: int) -> list[Picture]:
+    """Of IMAGEs and texts: one text for each picture, or one for all. Raises SettingError."""
+    single = [rgb(picture[None])[0] for batch in images for picture in batch]
+    if len(captions) == 1:
+        captions = list(captions) * len(single)
+    if len(captions) != len(single):
+        raise SettingError(
+            f"There are {len(single)} images and {len(captions)} captions. Connect a caption for "
+            "each image, in the same order, or one for all."
+        )
+    found = []
+    for picture, caption in zip(single, captions):
+        values = (255 * picture.float().clamp(0, 1)).round().byte().cpu().contiguous()
+        height, width = values.shape[:2]
+        image = picture_of(values.numpy().tobytes(), (width, height))
+        found.append(Picture(*fitted(image, shapes_near(side)), caption))
+    return found
+
+
+def pictures_in_input(folder: str, side: int) -> list[Picture]:
+    """Of a folder in the host's input folder, with captions in .txt files. Raises SettingError."""
+    root = Path(folder_paths.get_input_directory()).resolve()
+    try:
+        path = (root / folder).resolve()
+    except (OSError, RuntimeError, ValueError):
+        path = root.parent
+    if not path.is_relative_to(root) or not path.is_dir():
+        raise SettingError(
+            f"'{folder}' is no folder in ComfyUI's input folder. Put the pictures into "
+            f"'{root.name}/NAME' and write NAME here."
+        )
+    return [Picture(*each) for each in captioned_pictures(path, shapes_near(side))]
+
+
+def encoded_examples(pictures: Sequence[Picture], clip: Any, vae: Any) -> list[Examples]:
+    """One group for each size and length of prompt; everything as the host's samplers see it."""
+    if getattr(vae, "latent_channels", None) != LATENT_CHANNELS:
+        raise SettingError("The VAE is not SD3.5's. Connect the one of SD3.5 Loader.")
+    show, empty = progress(), encoded(clip, "")
+    groups: dict[tuple[Size, int], list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+    for done, picture in enumerate(pictures):
+        show(done, len(pictures))
+        image = picture.pixels.permute(1, 2, 0)[None].float() / 255
+        context, pooled = _encoding(encoded(clip, picture.caption))
+        groups[picture.size, len(context)].append((vae.encode(image)[0], context, pooled))
+    silent = _encoding(empty)
+    left = _clip_l_columns(clip)
+    return [
+        {
+            **{
+                name: torch.stack([each[i] for each in rows]).cpu().half().clone()
+                for i, name in enumerate(("latents", "context", "pooled"))
+            },
+            "context_empty": silent[0].cpu().half().clone(),
+            "pooled_empty": silent[1].cpu().half().clone(),
+            "clip": torch.tensor([_clip_rows(length, len(silent[0])), left]),
+        }
+        for (_, length), rows in groups.items()
+    ]
+
+
+def _encoding(conditioning: Any) -> tuple[Tensor, Tensor]:
+    """Context (L, C) and pooled (P,) of a CONDITIONING."""
+    context, extra = conditioning[0]
+    return context[0], extra["pooled_output"][0]
+
+
+def _clip_rows(length: int, empty: int) -> int:
+    """How many of a prompt's rows are the CLIPs'. With T5 the host gives 77 of each at least; of a
+    prompt that is longer, what is more is taken to be T5's."""
+    return length if empty < 2 * 77 else 77
+
+
+def _clip_l_columns(clip: Any) -> int:
+    widths = getattr(clip.cond_stage_model, "widths", {})
+    return widths.get("clip_l", PUBLISHED_CLIP_L)
+
+
+def train_lora(
+    config: TrainingConfig, name: str, pictures: Sequence[Picture], groups: list[Examples]
+) -> Learned:
+    """Train, or go on where a cancelled run of the same settings stopped; the LoRA's file in the
+    host's folder, which is written when the run is cancelled too."""
+    captions = [picture.caption for picture in pictures]
+    marks = hashlib.sha256()
+    for group in groups:
+        for key, tensor in sorted(group.items()):
+            marks.update(f"{key}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    mark = hashed(f"{config} {marks.hexdigest()}")
+    folder = Path(folder_paths.get_temp_directory()) / f"sd35_train_{mark}"
+    show = progress()
+    interrupted = comfy.model_management.processing_interrupted
+    comfy.model_management.unload_all_models()
+    advice = "Turn checkpointing on, or lower batch or side."
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        enough_memory("training a LoRA", advice),
+    ):
+        own = [{key: tensor.clone() for key, tensor in group.items()} for group in groups]
+        run = Run(replace(config, output=str(folder)), own, captions)
+        run.resume()
+
+        def shown(loss: float) -> None:
+            if not interrupted():
+                show(run.step, config.steps)
+
+        run.go_on(shown, interrupted)
+        path = free_name(first_folder("loras") / f"{name}.safetensors")
+        run.write_model(path)
+    return Learned(path, run)
+
+
+def end_if_cancelled() -> None:
+    """Raises what the host expects of a node whose run the person has cancelled."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def with_lora(model: Any, path: Path) -> Any:
+    """The MODEL with a LoRA's file at strength 1, as the host's loader puts it on."""
+    tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
+    return comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)[0]

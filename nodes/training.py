@@ -1,0 +1,325 @@
+"""SD35TrainLoRA: pictures with captions -> a LoRA in ComfyUI's folder, and the model with it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from ..sd35_core.errors import SettingError
+from ..sd35_core.sampling.recipes import TURBO
+from ..sd35_core.training.config import TIMESTEPS, TrainingConfig
+from ..sd35_core.training.lora import SPELLINGS, TARGETS
+from ..sd35_core.workflow.headers import model_named
+from ..sd35_core.workflow.lora_files import lora_in, lora_words
+from ..sd35_core.workflow.own_nodes import NAMES
+from ..sd35_core.workflow.setup import Lora
+from .host.loading import file_of
+from .host.report import told
+from .host.training import (
+    encoded_examples,
+    end_if_cancelled,
+    pictures_given,
+    pictures_in_input,
+    train_lora,
+    with_lora,
+)
+
+CHOICES = {" + ".join(list(TARGETS)[:count]): tuple(TARGETS)[:count] for count in (1, 2, 3)}
+"""Layers to change, as the widget names them."""
+PRECISIONS = ("bf16", "fp32")
+SAVES = 10
+"""Times that a run is saved on its way, and its best found."""
+FILE_NAME = re.compile(r"[\w][\w .+-]{0,99}")
+
+
+class SD35TrainLoRA(io.ComfyNode):
+    """Trains a LoRA for the model that is connected."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SD35TrainLoRA",
+            display_name=NAMES["SD35TrainLoRA"],
+            category="SD3.5",
+            description="Trains a LoRA from pictures with captions, writes it into ComfyUI's loras "
+            "folder and gives the model with it. Cancelling leaves what was learned until then; "
+            "the same queue again goes on from there.",
+            is_output_node=True,
+            is_input_list=True,
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="From SD3.5 Loader, without LoRA. Its file is read again for training; "
+                    "8 bit and 2 bit files take less memory.",
+                ),
+                io.Clip.Input("clip", tooltip="Encodes the captions, once, before training."),
+                io.Vae.Input("vae", tooltip="Encodes the pictures, once, before training."),
+                io.String.Input(
+                    "name",
+                    default="my_lora",
+                    tooltip="The file's name in models/loras. Nothing there is replaced: a second "
+                    "one is called NAME_2.",
+                ),
+                io.Image.Input(
+                    "images",
+                    optional=True,
+                    tooltip="Pictures to learn from, of any size; ten to twenty do. A list, as "
+                    "Load Image-Text (from Folder) gives it, or a batch.",
+                ),
+                io.String.Input(
+                    "captions",
+                    optional=True,
+                    force_input=True,
+                    tooltip="What each picture shows, in the same order; or one text for all.",
+                ),
+                io.String.Input(
+                    "folder",
+                    default="",
+                    optional=True,
+                    tooltip="In place of images and captions: a folder in ComfyUI's input folder, "
+                    "with a .txt file of the same name beside each picture.",
+                ),
+                io.String.Input(
+                    "trigger",
+                    default="",
+                    optional=True,
+                    tooltip="The words in the captions that call what is learned. Written into the "
+                    "file, where managers show it.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=500,
+                    min=1,
+                    max=100_000,
+                    tooltip="How often it learns from a batch.",
+                ),
+                io.Float.Input(
+                    "rate",
+                    default=1e-4,
+                    min=1e-7,
+                    max=1.0,
+                    step=1e-7,
+                    round=False,
+                    tooltip="How far each step goes. Higher learns sooner and spoils sooner.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=16,
+                    min=1,
+                    max=256,
+                    tooltip="How much the LoRA can hold; its file grows with it.",
+                ),
+                io.Int.Input(
+                    "side",
+                    default=512,
+                    min=64,
+                    max=1440,
+                    step=16,
+                    tooltip="Pictures are brought to about side x side pixels, in the shape that "
+                    "is nearest to their own. 128 for sd35_nano.",
+                ),
+                io.Int.Input(
+                    "batch", default=1, min=1, max=64, tooltip="Pictures in a step, at once."
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    control_after_generate=True,  # said, or the page loses it beside captions
+                    tooltip="The same seed and settings give the same LoRA on the same machine.",
+                ),
+                io.Combo.Input(
+                    "targets",
+                    options=list(CHOICES),
+                    optional=True,
+                    advanced=True,
+                    tooltip="The layers that change. attention keeps anatomy best; modulation "
+                    "(adaLN) changes most.",
+                ),
+                io.String.Input(
+                    "blocks",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="The blocks that change, such as 0-11; empty for all. For Large also "
+                    "composition (12-24) or detail (30-37), after Stability AI's guide.",
+                ),
+                io.Float.Input(
+                    "alpha",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    optional=True,
+                    advanced=True,
+                    tooltip="The change is multiplied by alpha / rank; 0 takes the rank.",
+                ),
+                io.Boolean.Input(
+                    "rank_stabilised",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="alpha / sqrt(rank) instead (rsLoRA): as strong at every rank.",
+                ),
+                io.Combo.Input(
+                    "timesteps",
+                    options=list(TIMESTEPS),
+                    optional=True,
+                    advanced=True,
+                    tooltip="How noisy the pictures of a step are. logit-normal: most at the "
+                    "middle, as SD3 was trained; shifted: more noise, for composition.",
+                ),
+                io.Float.Input(
+                    "caption_dropout",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="The share of pictures without caption: guidance (cfg) needs some.",
+                ),
+                io.Float.Input(
+                    "encoder_dropout",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="The share that goes without each text encoder, as SD3 was trained "
+                    "(0.46), so that it draws without T5 too.",
+                ),
+                io.Int.Input(
+                    "accumulate",
+                    default=1,
+                    min=1,
+                    max=1024,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Batches in a step, one after the other: as a larger batch, in the "
+                    "memory of one.",
+                ),
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Blocks are computed twice in place of being kept: slower, in a "
+                    "fraction of the memory.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    optional=True,
+                    advanced=True,
+                    tooltip="Of the sums; the LoRA itself learns in fp32. There is no fp16: "
+                    "gradients of a mean over a picture are too small for it.",
+                ),
+                io.Combo.Input(
+                    "keys",
+                    options=list(SPELLINGS),
+                    optional=True,
+                    advanced=True,
+                    tooltip="Whose names the file has. ComfyUI reads all three.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model with the LoRA on, at strength 1."),
+                io.String.Output(
+                    display_name="report", tooltip="What was trained, its losses, its file."
+                ),
+                io.Image.Output(
+                    display_name="curve",
+                    tooltip="The loss over the steps: all in black, and for each part of the "
+                    "noise levels.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, **given: Any) -> io.NodeOutput:
+        images, captions = given.pop("images", None), given.pop("captions", None)
+        one: dict[str, Any] = {name: v[0] if v else None for name, v in given.items()}
+        model, name, side = one["model"], str(one["name"]), one["side"]
+        if not FILE_NAME.fullmatch(name):
+            raise SettingError(
+                f"name is '{name}'. Give the LoRA's file a name of letters, digits, spaces, "
+                "'-', '_', '.' and '+' (without a folder, 100 at most)."
+            )
+        base = file_of(model, "trains on")
+        folder = one.get("folder") or ""
+        if bool(folder) == bool(images):
+            raise SettingError(
+                "Connect images and captions, or write a folder's name into folder: one of the "
+                "two, not both and not neither."
+            )
+        if folder:
+            pictures = pictures_in_input(folder, side)
+        elif captions:
+            pictures = pictures_given(images, captions, side)
+        else:
+            raise SettingError("Connect captions: a text for each image, or one for all.")
+        config = config_of(one, str(base), str(model.load_device))
+        groups = encoded_examples(pictures, one["clip"], one["vae"])
+        path, run = train_lora(config, name, pictures, groups)
+        known = model_named(base.name)
+        warned = (
+            "This is Large Turbo by its file's name: training makes it forget how to draw in 4 "
+            "steps. Train on Large, and use the LoRA on Turbo.\n"
+            if known is not None and known.recipe == TURBO
+            else ""
+        )
+        text = (
+            f"Wrote {path}. Press R to see it in the loaders.\n{warned}"
+            f"{len(pictures)} pictures, step {run.step} of {config.steps}: {run.history.words()}\n"
+            f"{lora_words(Lora(path.name, 1.0, lora_in(path)))}"
+        )
+        shown = told(text, cls.hidden.unique_id)
+        end_if_cancelled()
+        curve = torch.from_numpy(np.array(run.history.curve(), dtype=np.float32))[None] / 255
+        return io.NodeOutput(with_lora(model, path), text, curve, ui={"text": (text,), **shown})
+
+
+def config_of(widgets: dict[str, Any], base: str, device: str) -> TrainingConfig:
+    """What the widgets say; those that an older workflow lacks are at their defaults."""
+    known = {each.id: getattr(each, "default", None) for each in _inputs()}
+    first = {"targets": next(iter(CHOICES)), "timesteps": TIMESTEPS[0],
+             "precision": PRECISIONS[0], "keys": SPELLINGS[0]}  # fmt: skip
+    said = {**known, **first, **{k: v for k, v in widgets.items() if v is not None}}
+    steps = said["steps"]
+    return TrainingConfig(
+        output="",
+        start=base,
+        lora_rank=said["rank"],
+        lora_alpha=said["alpha"],
+        lora_targets=CHOICES[said["targets"]],
+        lora_blocks=said["blocks"].strip(),
+        lora_stabilised=said["rank_stabilised"],
+        lora_keys=said["keys"],
+        trigger=said["trigger"],
+        checkpoint=said["checkpointing"],
+        steps=steps,
+        batch=said["batch"],
+        accumulate=said["accumulate"],
+        rate=said["rate"],
+        warm_up=min(100, steps // 10),
+        ema=0.99,
+        caption_dropout=said["caption_dropout"],
+        encoder_dropout=said["encoder_dropout"],
+        timesteps=said["timesteps"],
+        bf16=said["precision"] == PRECISIONS[0],
+        seed=said["seed"],
+        save_every=max(1, steps // SAVES),
+        device=device,
+        metadata={"title": said["name"]},
+    )
+
+
+def _inputs() -> list[Any]:
+    return SD35TrainLoRA.define_schema().inputs

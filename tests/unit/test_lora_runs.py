@@ -1,0 +1,356 @@
+"""Runs of a LoRA: what they learn from, how they stop and go on, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sd35_core.checkpoint.layouts import from_diffusers
+from sd35_core.checkpoint.loading import load
+from sd35_core.checkpoint.tensor_file import TensorFile, metadata_of
+from sd35_core.errors import SettingError
+from sd35_core.training.__main__ import main
+from sd35_core.training.config import TIMESTEPS, TrainingConfig, read_config
+from sd35_core.training.history import BANDS, SPAN, History
+from sd35_core.training.lora import LoraPlan, attach, spelled
+from sd35_core.training.objective import draw_timesteps
+from sd35_core.training.run import DivergedError, Run
+from sd35_core.training.written import sha256_of, tags_of
+from sd35_core.workflow.lora_files import lora_in, lora_words
+from sd35_core.workflow.setup import Lora, Model
+
+from .files import to_diffusers
+from .models import TINY, random_weights
+
+# What a step draws
+
+
+@pytest.mark.parametrize(("kind", "shift", "median"), [
+    (TIMESTEPS[0], 1.0, 0.5), (TIMESTEPS[1], 1.0, 0.5), (TIMESTEPS[2], 1.0, 0.75),
+    (TIMESTEPS[1], 4.0, 0.8),
+])  # fmt: skip
+def test_timesteps_have_the_median_that_their_kind_has(
+    kind: str, shift: float, median: float
+) -> None:
+    """sigma = shift u / (1 + (shift - 1) u) at u = 0.5; shifted takes 3 where none is asked for."""
+    t = draw_timesteps(20_000, torch.Generator().manual_seed(1), shift, kind)
+    assert float(t.median()) == pytest.approx(median, abs=0.01)
+    quarter = float((t < 0.25).float().mean())
+    if kind == TIMESTEPS[1] and shift == 1:
+        assert quarter == pytest.approx(0.25, abs=0.01)
+    if kind == TIMESTEPS[0]:
+        assert quarter == pytest.approx(0.136, abs=0.01), "the normal's share below -1.0986"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("fp16 = true", "training in fp16 is refused.*bf16 = true"),
+        ('mixed_precision = "fp16"', "fp16 is refused"),
+        ('objective = "epsilon"', "objective is 'epsilon'; known are velocity"),
+        ('timesteps = "cosine"', "timesteps is 'cosine'; known are logit-normal, uniform, shifted"),
+        ("dropout_of = 0.5", "dropout_of is 0.5, but should be a table"),
+    ],
+)
+def test_what_is_not_here_is_refused_with_the_reason(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(f'output = "o"\nexamples = "e"\n{text}\n', encoding="utf-8")
+    with pytest.raises(SettingError, match=words):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("own", "words"), [({"clip_x": 0.1}, "clip_x"), ({"t5xxl": 1.5}, "t5xxl is 1.5")]
+)
+def test_a_dropout_that_can_not_be_is_refused(
+    lora_config: TrainingConfig, own: dict[str, float], words: str
+) -> None:
+    with pytest.raises(SettingError, match=words):
+        Run(replace(lora_config, dropout_of=own))
+
+
+# Blocks and spellings
+
+
+def test_named_blocks_are_those_of_the_guide_for_large_alone() -> None:
+    class Large(torch.nn.Module):
+        config = replace(TINY, depth=38)
+
+        def named_modules(self, *_: object):  # pyright: ignore[reportIncompatibleMethodOverride]
+            return ((f"joint_blocks.{i}.x_block.attn.qkv", None) for i in range(38))
+
+    def blocks(name: str, model: object) -> list[int]:
+        names = LoraPlan(blocks=name).layers(model)  # pyright: ignore[reportArgumentType]
+        return [int(layer.split(".")[1]) for layer in names]
+
+    assert blocks("composition", Large()) == list(range(12, 25))
+    assert blocks("detail", Large()) == list(range(30, 38))
+    with pytest.raises(SettingError, match="12-24 in Stability AI's guide for SD3.5 Large"):
+        blocks("composition", load_tiny())
+
+
+def load_tiny() -> torch.nn.Module:
+    from sd35_core.network.mmditx import MMDiTX
+
+    model = MMDiTX(TINY)
+    model.load_state_dict(random_weights(TINY))
+    return model
+
+
+def test_diffusers_modulation_of_the_last_text_is_in_its_own_order() -> None:
+    """Merged into diffusers' weights and brought back, it is merged into ours."""
+    model, plain = load_tiny(), random_weights(TINY)
+    layers = attach(model, LoraPlan(2, 2.0, ("modulation",)))  # pyright: ignore[reportArgumentType]
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers.values():
+        layer.up.data.normal_(generator=generator)
+    ours = dict(plain)
+    for name, layer in layers.items():
+        ours[f"{name}.weight"] = plain[f"{name}.weight"] + layer.up @ layer.down
+    theirs = to_diffusers(plain)
+    found = spelled(layers, TINY.depth, "diffusers")
+    for key in [key for key in found if key.endswith("lora_A.weight")]:
+        name = key.removeprefix("transformer.").removesuffix("lora_A.weight")
+        theirs[f"{name}weight"] = theirs[f"{name}weight"] + found[
+            key.replace("lora_A", "lora_B")] @ found[key]  # fmt: skip
+    again = from_diffusers(theirs)
+    changed = [key for key in ours if not torch.equal(ours[key], plain[key])]
+    assert len(changed) == len(layers)
+    for key in changed:
+        assert torch.allclose(again[key], ours[key], atol=1e-5), key
+
+
+# Captions that are encoded already
+
+
+@pytest.fixture
+def encoded_config(lora_config: TrainingConfig, tmp_path: Path) -> TrainingConfig:
+    """The same examples, their captions encoded by the base's own text encoders."""
+    run = Run(lora_config)
+    examples = run.groups[0]
+    rows = {
+        name: torch.cat([examples[name], examples[f"{name}_empty"][None]]).long()
+        for name in ("tokens_l", "tokens_g")
+    }
+    with torch.no_grad():
+        context, pooled = run.model.encode(rows["tokens_l"], rows["tokens_g"])
+    t5 = torch.randn(len(context), 3, context.shape[2], generator=torch.Generator().manual_seed(0))
+    context = torch.cat([context, t5], dim=1)
+    save_file(
+        {"latents": examples["latents"], "context": context[:-1].contiguous(),
+         "pooled": pooled[:-1].contiguous(), "context_empty": context[-1].contiguous(),
+         "pooled_empty": pooled[-1].contiguous(), "clip": torch.tensor([77, 16])},
+        tmp_path / "encoded.safetensors",
+    )  # fmt: skip
+    return replace(
+        lora_config, examples=(str(tmp_path / "encoded.safetensors"),), text_encoders="",
+        output=str(tmp_path / "encoded"),
+    )  # fmt: skip
+
+
+def test_encoded_captions_give_what_tokens_give(
+    lora_config: TrainingConfig, encoded_config: TrainingConfig
+) -> None:
+    """Without T5, whose rows the other has not."""
+    own = {"t5xxl": 1.0}
+    losses = []
+    for config in (lora_config, encoded_config):
+        run = Run(replace(config, dropout_of=own, encoder_dropout=0.5, prompt_tokens=77))
+        losses.append([run.advance() for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["clip_l", "clip_g", "t5xxl"])
+def test_each_encoder_can_be_left_out_alone(encoded_config: TrainingConfig, name: str) -> None:
+    own = {other: float(other == name) for other in ("clip_l", "clip_g", "t5xxl")}
+    run = Run(replace(encoded_config, dropout_of=own, caption_dropout=0.0))
+    seen = []
+    model = run.model.diffusion_model
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2:4]))
+    run.advance()
+    ((context, y),) = seen
+    assert context.shape[1] == (77 if name == "t5xxl" else 80)
+    gone = {"clip_l": slice(0, 16), "clip_g": slice(16, 32), "t5xxl": slice(0, 0)}[name]
+    assert not context[:, :77, gone].any() and not y[:, gone].any()
+    for other in {"clip_l", "clip_g"} - {name}:
+        kept = {"clip_l": slice(0, 16), "clip_g": slice(16, 32)}[other]
+        assert context[:, :77, kept].any() and y[:, kept].any()
+
+
+def test_captions_of_another_model_are_refused(
+    encoded_config: TrainingConfig, tmp_path: Path
+) -> None:
+    tensors = load_file(encoded_config.examples[0])
+    wide = {**tensors, "pooled": torch.zeros(8, 2048)}
+    save_file(wide, tmp_path / "wide.safetensors")
+    with pytest.raises(SettingError, match="widths of 64 and 2048.*takes 64 and 32"):
+        Run(replace(encoded_config, examples=(str(tmp_path / "wide.safetensors"),)))
+    bad = {**tensors, "context": torch.full((8, 80, 64), float("nan"))}
+    save_file(bad, tmp_path / "bad.safetensors")
+    with pytest.raises(SettingError, match="no numbers"):
+        Run(replace(encoded_config, examples=(str(tmp_path / "bad.safetensors"),)))
+
+
+# Stopping, going on, and what is kept
+
+
+@pytest.mark.parametrize("stop", [1, 7, 10, 13])
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(
+    lora_config: TrainingConfig, tmp_path: Path, stop: int
+) -> None:
+    config = replace(lora_config, steps=14, save_every=5, accumulate=2, batch=2)
+    whole = Run(replace(config, output=str(tmp_path / "whole")))
+    whole.go_on()
+    first = Run(replace(config, output=str(tmp_path / "parts")))
+    file = first.go_on(interrupted=lambda: first.step >= stop)
+    assert first.step == stop
+    found = lora_in(file, Model(depth=2, hidden=128))
+    assert found.layers == found.matched, "a usable LoRA"
+    again = Run(replace(config, output=str(tmp_path / "parts")))
+    again.resume()
+    assert again.step == stop
+    again.go_on()
+    for name in ("model.safetensors", "best.safetensors"):
+        one, other = (load_file(tmp_path / folder / name) for folder in ("whole", "parts"))
+        if name == "model.safetensors":
+            assert all(torch.equal(one[key], other[key]) for key in one)
+    assert torch.equal(whole.history.table, again.history.table)
+
+
+def test_the_best_is_kept_where_later_ones_are_worse(
+    lora_config: TrainingConfig, tmp_path: Path
+) -> None:
+    run = Run(replace(lora_config, held_out=0.25))
+    assert len(run.held_out[0]["latents"]) == 2 and len(run.groups[0]["latents"]) == 6
+    for _ in range(20):
+        run.advance()
+    run.keep_best()
+    best, kept = run.best, load_file(Path(run.config.output) / "best.safetensors")
+    with torch.no_grad():
+        for tensor in run.average.values():
+            tensor.normal_()
+    run.keep_best()
+    assert run.best == best
+    again = load_file(Path(run.config.output) / "best.safetensors")
+    assert all(torch.equal(kept[key], again[key]) for key in kept)
+    run.save()
+    resumed = Run(run.config)
+    resumed.resume()
+    assert resumed.best == best
+
+
+def test_pictures_can_not_all_be_held_out(lora_config: TrainingConfig) -> None:
+    with pytest.raises(SettingError, match="held_out is 0.99 of a group of 8 pictures"):
+        Run(replace(lora_config, held_out=0.99))
+
+
+def test_a_run_that_runs_away_stops_and_keeps_what_it_had(lora_config: TrainingConfig) -> None:
+    run = Run(replace(lora_config, steps=20))
+
+    def break_it(loss: float) -> None:
+        if run.step == 3:
+            run.groups[0]["latents"].fill_(float("nan"))
+
+    with pytest.raises(DivergedError, match="ran away at step 4: the loss is nan.*Lower the rate"):
+        run.go_on(break_it)
+    assert run.step == 3
+    kept = load_file(Path(run.config.output) / "model.safetensors")
+    assert kept and all(torch.isfinite(tensor).all() for tensor in kept.values())
+
+
+def test_ctrl_c_leaves_a_lora(
+    lora_config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import signal
+
+    from sd35_core.training.watching import train
+
+    run = Run(replace(lora_config, steps=1000))
+    advance = run.advance
+
+    def pressed() -> float:
+        if run.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return advance()
+
+    monkeypatch.setattr(run, "advance", pressed)
+    train(run)
+    assert run.step == 5
+    assert lora_in(Path(run.config.output) / "model.safetensors").layers
+
+
+# Losses
+
+
+def test_losses_are_told_apart_by_noise() -> None:
+    history = History()
+    for step in range(2 * SPAN):
+        history.add(torch.tensor([0.1, 0.3, 0.9]), torch.tensor([1.0, 2.0, 3.0 + step]))
+    smoothed = history.smoothed()
+    assert smoothed.shape == (2 * SPAN, 1 + BANDS)
+    last = smoothed[-1]
+    assert last[1] == 1 and last[2] == 2 and torch.isnan(last[3])
+    assert float(last[4]) == pytest.approx(3 + 1.5 * SPAN - 0.5)
+    assert "0 to 0.25: 1.0000" in history.words() and "0.5 to 0.75" not in history.words()
+    again = History(history.table)
+    assert torch.equal(again.table, history.table)
+    picture = history.curve(400, 200)
+    assert picture.size == (400, 200) and len(picture.getcolors(1 << 16)) > 3
+    assert History().curve(400, 200).size == (400, 200)
+
+
+def test_a_run_leaves_its_curve(lora_config: TrainingConfig) -> None:
+    run = Run(replace(lora_config, steps=2))
+    run.go_on()
+    assert Image.open(Path(run.config.output) / "loss.png").size == (768, 384)
+    assert run.history.table.shape == (2, 2, BANDS)
+    assert run.history.table[:, 1].sum() == 2 * run.config.batch
+
+
+# Files
+
+
+@pytest.mark.parametrize("keys", ["kohya", "comfyui", "diffusers"])
+def test_the_command_line_chooses_the_names(
+    lora_config: TrainingConfig, tmp_path: Path, keys: str
+) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(
+        f'output = "out"\nexamples = {json.dumps(list(lora_config.examples))}\n'
+        f"start = {json.dumps(lora_config.start)}\n"
+        f"text_encoders = {json.dumps(lora_config.text_encoders)}\n"
+        'steps = 1\nbatch = 2\nbf16 = false\ndevice = "cpu"\ntrigger = "my cat"\n',
+        encoding="utf-8",
+    )
+    assert main(["lora", str(path), "--keys", keys]) == 0
+    file = tmp_path / "out" / "model.safetensors"
+    words = lora_words(Lora("x", file=lora_in(file)))
+    name = {"comfyui": "ComfyUI"}.get(keys, keys)
+    assert f"LoRA in names of {name}, rank 16, alpha 16" in words and "to 1, as it was" in words
+    said = metadata_of(file)
+    assert said["ss_new_sd_model_hash"] == sha256_of(Path(lora_config.start))
+    assert said["modelspec.trigger_phrase"] == "my cat"
+    assert said["ss_network_dim"] == "16" and said["ss_steps"] == "1"
+    assert json.loads(said["sd35_config"])["lora"]["targets"] == ["attention"]
+    assert TensorFile(file)
+    assert main(["lora", str(path), "--keys", "unknown"]) == 1
+    assert main(["lora", str(path), "--other"]) == 2
+    assert main([str(path), "--keys", keys]) == 2
+
+
+def test_tags_are_the_parts_between_commas() -> None:
+    captions = ["a cat, sitting", "a cat, a cat, outside", ""]
+    assert tags_of(captions) == {"a cat": 2, "outside": 1, "sitting": 1}
+    assert len(tags_of([str(i) for i in range(1000)])) == 200
+
+
+def test_the_shape_is_the_bases_whatever_the_settings_say(lora_config: TrainingConfig) -> None:
+    run = Run(replace(lora_config, depth=9, pos_embed_max_size=2, context_dim=8))
+    assert run.config.network == load(lora_config.start).config
