@@ -218,7 +218,7 @@ def plan_for(path: Path, size: float, seen: Calibration | None) -> Fitted:
             "and clip, no ControlNet, and write some prompts."
         )
     tensors, _ = network_of(TensorFile(path), f"'{path.name}'")
-    return seen.fitted_plan(tensors, round(size * 1e9), progress())
+    return seen.fitted(tensors, round(size * 1e9), progress())
 
 
 def shipped_score(path: Path, name: str) -> str:

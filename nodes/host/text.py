@@ -121,8 +121,18 @@ class _Target(NamedTuple):
 class TinySD3Clip(SD3ClipModel):
     """The host's SD3 text path with encoders of other widths than the published ones."""
 
-    def __init__(self, widths: dict[str, int], described: Tensor, **kwargs: Any):
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        widths: dict[str, int],
+        described: Tensor,
+        t5_quantization_metadata: Any = None,
+        model_options: Any = None,
+        **kwargs: Any,
+    ):
+        options = dict(model_options or {})
+        if t5_quantization_metadata is not None:
+            options["t5xxl_quantization_metadata"] = t5_quantization_metadata
+        super().__init__(model_options=options, **kwargs)
         self.widths = widths
         self.register_buffer(SAVED.rpartition(".")[2], described)
 

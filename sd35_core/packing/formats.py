@@ -82,7 +82,9 @@ def pack(weight: Tensor, form: str, moments: Tensor | None = None) -> Packed:
 
 def _mark(form: str, columns: int) -> Tensor:
     """The entry that names a layer's format."""
-    config = kitchen_config(form, columns) if form in LAYOUTS else {"format": form}
+    config: dict[str, Any] = {"format": form}
+    if form in LAYOUTS:
+        config = kitchen_config(form, columns)
     if form == FP8:
         config["full_precision_matrix_mult"] = True
     elif form in VECTORS:

@@ -28,8 +28,10 @@ PER_PICTURE = ("latents", "tokens_l", "tokens_g", "tokens_t5", "hints", "context
 
 Size = tuple[int, int]
 DEPTH = ".depth.png"
-LEAST_SIDE = TOKEN = 2 * PIXELS
-"""Pixels of what becomes a token of published models, each way; smaller pictures hold nothing."""
+LEAST_SIDE = PIXELS
+"""Of a picture, which is a cell of a latent then; smaller ones hold nothing."""
+TOKEN = 2 * PIXELS
+"""Pixels of what becomes a token of published models, each way."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 

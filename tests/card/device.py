@@ -22,6 +22,8 @@ from torch.utils.backend_registration import (
 )
 
 _setup_privateuseone_for_python_backend("card")
+_amp = {"get_amp_supported_dtype": lambda: [torch.bfloat16, torch.float16]}
+vars(vars(torch)["card"]).update(_amp)  # what torch's checkpoints ask of every kind of device
 torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor([1], device=CARD) is an upload as well
 
 CARD, CPU = torch.device("card", 0), torch.device("cpu")

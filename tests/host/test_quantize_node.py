@@ -49,7 +49,7 @@ def quantize(comfy: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(format: str, **inputs: Any) -> str:
         settings = {"prompts": PROMPTS, "side": 128, "steps": 2, **inputs}
-        return node.execute(format, **settings).ui.as_dict()["text"][0]
+        return node.execute(format, **settings).ui["text"][0]
 
     return run
 

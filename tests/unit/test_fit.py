@@ -76,7 +76,9 @@ def test_influence_is_what_an_error_of_a_layer_does_to_the_output(
         expected = network(*inputs)
         for key in ("joint_blocks.0.x_block.mlp.fc2", "joint_blocks.2.x_block.attn.proj",
                     "joint_blocks.1.context_block.mlp.fc2"):  # fmt: skip
-            layer, before = layers[key], layers[key].weight.clone()
+            layer = layers[key]
+            assert isinstance(layer, torch.nn.Linear)
+            before = layer.weight.clone()
             outputs: list[torch.Tensor] = []
             handle = layer.register_forward_hook(lambda m, i, o, outputs=outputs: outputs.append(o))
             network(*inputs)
