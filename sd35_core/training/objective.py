@@ -62,24 +62,6 @@ def run_again(index: int, block: JointBlock, *inputs: Any) -> tuple[Tensor, Tens
     return found
 
 
-def flow_loss(
-    model: MMDiTX,
-    x0: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    context: Tensor,
-    y: Tensor,
-    positions: Tensor | None = None,
-    control: ControlNetEmbedder | None = None,
-    hint: Tensor | None = None,
-    checkpoint: bool = False,
-) -> Tensor:
-    """The mean of `flow_losses`."""
-    return flow_losses(
-        model, x0, noise, sigma, context, y, positions, control, hint, checkpoint
-    ).mean()
-
-
 def flow_losses(
     model: MMDiTX,
     x0: Tensor,

@@ -15,7 +15,7 @@ from sd35_core.encoders.autoencoder import TinyAutoencoder
 from sd35_core.errors import SettingError
 from sd35_core.training.config import TrainingConfig, read_config
 from sd35_core.training.dataset import read_folder
-from sd35_core.training.objective import flow_loss
+from sd35_core.training.objective import flow_losses
 from sd35_core.training.run import Run
 
 from .models import words_as_tokens
@@ -49,7 +49,7 @@ def test_at_first_it_changes_nothing(control_config: TrainingConfig) -> None:
     x0, noise = torch.randn(2, 16, 4, 4), torch.randn(2, 16, 4, 4)
     context, y = torch.randn(2, 7, 64), torch.randn(2, 32)
     inputs = (model, x0, noise, torch.tensor([0.3, 0.6]), context, y)
-    assert torch.equal(flow_loss(*inputs), flow_loss(*inputs, control=control, hint=x0))
+    assert torch.equal(flow_losses(*inputs), flow_losses(*inputs, control=control, hint=x0))
 
 
 def test_it_learns_from_hints_and_leaves_the_base(control_config: TrainingConfig) -> None:

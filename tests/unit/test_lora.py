@@ -18,7 +18,7 @@ from sd35_core.packing.formats import INT8, VQ2, pack, unpack
 from sd35_core.packing.layers import PackedOperations
 from sd35_core.training.config import TrainingConfig
 from sd35_core.training.lora import SPELLINGS, LoraLinear, LoraPlan, attach, spelled
-from sd35_core.training.objective import flow_loss
+from sd35_core.training.objective import flow_losses
 from sd35_core.training.run import Run
 from sd35_core.workflow.lora_files import lora_in
 from sd35_core.workflow.setup import Model
@@ -41,7 +41,7 @@ def loss_of(model: MMDiTX) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     x0, noise = (torch.randn(2, 16, 8, 8, generator=generator) for _ in range(2))
     context, y = torch.randn(2, 9, 48, generator=generator), torch.randn(2, 40, generator=generator)
-    return flow_loss(model, x0, noise, torch.tensor([0.3, 0.7]), context, y)
+    return flow_losses(model, x0, noise, torch.tensor([0.3, 0.7]), context, y).mean()
 
 
 def moved(layers: dict[str, LoraLinear]) -> None:

@@ -17,7 +17,7 @@ from sd35_core.network.layers import grid_positions
 from sd35_core.training import optimisers as of_training
 from sd35_core.training.__main__ import main
 from sd35_core.training.config import OPTIMISERS, TrainingConfig, read_config
-from sd35_core.training.objective import crops, draw_timesteps, flow_loss
+from sd35_core.training.objective import crops, draw_timesteps, flow_losses
 from sd35_core.training.run import Run
 from sd35_core.training.trained import Trained
 
@@ -32,8 +32,8 @@ def test_the_loss_on_fixed_noise_is_the_one_computed_by_hand() -> None:
         return x
 
     nothing = torch.zeros(2, 1)
-    loss = flow_loss(model, x0, noise, torch.tensor([0.25, 0.25]), nothing, nothing)  # pyright: ignore[reportArgumentType]
-    assert loss.item() == pytest.approx((0.125 + 1.5) ** 2)
+    losses = flow_losses(model, x0, noise, torch.tensor([0.25, 0.25]), nothing, nothing)  # pyright: ignore[reportArgumentType]
+    assert losses.tolist() == pytest.approx(2 * [(0.125 + 1.5) ** 2])
     assert seen[0].tolist() == [250.0, 250.0]
 
 
