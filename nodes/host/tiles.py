@@ -8,6 +8,7 @@ Skip Layer Guidance, step cache, samplers, masks) sees one large latent.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import comfy.model_management
@@ -34,6 +35,7 @@ def with_tiles(model: Any, tiling: Tiling, at_once: AtOnce, whole_table: bool = 
     whole_table: whether a tile's positions are its place in the whole picture.
     """
     tiled = model.clone()
+    weights_on = cache(tiling.weights.to)  # carried to a device once, not in every step
 
     def run(
         executor: Any,
@@ -72,7 +74,7 @@ def with_tiles(model: Any, tiling: Tiling, at_once: AtOnce, whole_table: bool = 
             for part, out in zip(parts, made):
                 part += out.split(rows)
             number = numbers[-1] + 1
-        return [tiling.blended(part) for part in parts]
+        return [tiling.blended(part, weights_on(x.device)) for part in parts]
 
     if len(tiling) > 1 or whole_table:
         tiled.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, TILES, run)

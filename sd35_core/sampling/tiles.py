@@ -52,15 +52,18 @@ class Tiling:
         across = _shares(self.columns, self.size[1], self.whole[1])
         return (down[:, None, :, None] * across[None, :, None, :]).flatten(0, 1)
 
-    def blended(self, tiles: list[Tensor]) -> Tensor:
-        """The latent (..., H, W) that predictions (..., h, w) for each tile make together."""
+    def blended(self, tiles: list[Tensor], weights: Tensor | None = None) -> Tensor:
+        """The latent (..., H, W) that predictions (..., h, w) for each tile make together.
+
+        weights: the tiling's own, where they are on the predictions' device already.
+        """
         if len(self) == 1:
             return tiles[0]
         first = tiles[0]
         whole = torch.zeros(
             *first.shape[:-2], *self.whole, dtype=torch.float32, device=first.device
         )
-        weights = self.weights.to(first.device)
+        weights = self.weights.to(first.device) if weights is None else weights
         for number, tile in enumerate(tiles):
             self.cut(whole, number).addcmul_(tile.float(), weights[number])
         return whole.to(first.dtype)
