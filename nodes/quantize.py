@@ -13,6 +13,7 @@ from ..sd35_core.checkpoint.tensor_file import TensorFile
 from ..sd35_core.errors import SettingError
 from ..sd35_core.packing.formats import FP8, INT8, RAW_FP8
 from ..sd35_core.packing.kitchen import CONVROT_INT8, CONVROT_W4A4, MXFP8, NVFP4
+from ..sd35_core.quantization.fit import check_size
 from ..sd35_core.quantization.plan import Fitted, Plan
 from ..sd35_core.quantization.quantize import network_of, output_path, quantize_file
 from ..sd35_core.workflow.own_nodes import NAMES
@@ -189,7 +190,8 @@ class SD35Quantize(io.ComfyNode):
                 attach = control_net, with_hint(control_net, vae, image)
             seen = Calibration(model, clip, lines, side, steps, attach)
         if format == FIT:
-            plan = plan_for(path, size, seen)
+            with enough_memory(f"measuring '{path.name}'", "Make side smaller."):
+                plan = plan_for(path, size, seen)
             tell(plan.text(), cls.hidden.unique_id)
         else:
             plan = replace(FORMATS[format], modulation_bits=MODULATION[modulation])
@@ -218,6 +220,7 @@ def plan_for(path: Path, size: float, seen: Calibration | None) -> Fitted:
             "and clip, no ControlNet, and write some prompts."
         )
     tensors, _ = network_of(TensorFile(path), f"'{path.name}'")
+    check_size(tensors, round(size * 1e9))
     return seen.fitted(tensors, round(size * 1e9), progress())
 
 

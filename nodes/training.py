@@ -34,6 +34,9 @@ PRECISIONS = ("bf16", "fp32")
 SAVES = 10
 """Times that a run is saved on its way, and its best found."""
 FILE_NAME = re.compile(r"[\w][\w .+-]{0,99}")
+MOST_BYTES = 200
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+"""Names that Windows keeps for its devices."""
 
 
 class SD35TrainLoRA(io.ComfyNode):
@@ -130,7 +133,9 @@ class SD35TrainLoRA(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**31 - 1,
-                    control_after_generate=True,  # said, or the page loses it beside captions
+                    # Said, or the page loses it beside captions; fixed, so that the same queue
+                    # goes on where a cancelled one stopped.
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="The same seed and settings give the same LoRA on the same machine.",
                 ),
                 io.Combo.Input(
@@ -247,10 +252,11 @@ class SD35TrainLoRA(io.ComfyNode):
         images, captions = given.pop("images", None), given.pop("captions", None)
         one: dict[str, Any] = {name: v[0] if v else None for name, v in given.items()}
         model, name, side = one["model"], str(one["name"]), one["side"]
-        if not FILE_NAME.fullmatch(name):
+        if not FILE_NAME.fullmatch(name) or len(name.encode()) > MOST_BYTES or RESERVED.match(name):
             raise SettingError(
                 f"name is '{name}'. Give the LoRA's file a name of letters, digits, spaces, "
-                "'-', '_', '.' and '+' (without a folder, 100 at most)."
+                f"'-', '_', '.' and '+' (without a folder, {MOST_BYTES} bytes at most, none that "
+                "Windows keeps for itself)."
             )
         base = file_of(model, "trains on")
         folder = one.get("folder") or ""

@@ -15,7 +15,7 @@ from ..sd35_core.sampling.schedules import make_sigmas
 from ..sd35_core.sampling.tiles import tiling
 from ..sd35_core.workflow.own_nodes import NAMES, OWN_TABLE, WHOLE_TABLE
 from .host import sampling
-from .host.controlnet import from_loader, steered
+from .host.controlnet import check_controls, check_table, from_loader, steered
 from .host.report import progress, told
 from .host.tiles import AtOnce, decoded_in_tiles, encoded_in_tiles, enlarged, with_tiles
 from .sampler import SD35Sampler
@@ -202,6 +202,10 @@ class SD35Upscale(io.ComfyNode):
             hint = hint_of_enlarged(whole, from_loader(control_net).config.control_type, blur, tile)
             prompts, window = (positive, negative), (0.0, end)
             positive, negative = steered(prompts, control_net, vae, hint, strength, window)
+        if len(tiles) > 1:
+            check_controls(positive, negative)
+        if positions == WHOLE_TABLE:
+            check_table(model)
         latent = {"samples": encoded_in_tiles(vae, whole, tiles, progress())}
         if mask is not None:
             mask = enlarged_mask(mask, height, width)

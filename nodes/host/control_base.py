@@ -22,8 +22,8 @@ class Base:
     """What a ControlNet needs of the model that it steers."""
 
     x_embedder: Callable[[Tensor], Tensor]
-    embed: Callable[[Tensor], Tensor]
-    """Patches of a latent by the `x_embedder`, with positions."""
+    embed: Callable[..., Tensor]
+    """Patches of a latent by the `x_embedder`, with positions, or with those given."""
     y_embedder: Callable[[Tensor], Tensor]
     depth: int
     hidden: int
@@ -36,8 +36,8 @@ def base_of(network: Any, dtype: torch.dtype) -> Base:
     Raises SettingError for one that isn't SD3.
     """
 
-    def own(layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: layer(x.to(dtype)).to(x.dtype)
+    def own(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, **more: layer(x.to(dtype), **more).to(x.dtype)
 
     if isinstance(network, HostMMDiTX):
         config = network.config

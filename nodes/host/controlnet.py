@@ -31,7 +31,7 @@ from ...sd35_core.sampling.tiles import Tiling
 from . import packed, processor
 from .control_base import Base, base_of, check_fit
 from .loading import by_the_host
-from .network import TILES, TilesOfBatch, network_in
+from .network import TILES, HostMMDiTX, TilesOfBatch, network_in
 from .tiles import in_pixels
 
 STABILITY, COMFYUI = "Stability AI", "ComfyUI"
@@ -122,10 +122,9 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
         dtype = self.manual_cast_dtype or self.control_model.dtype
         x = self.model_sampling_current.calculate_input(t, x_noisy).to(dtype)
         timestep = self.model_sampling_current.timestep(t)
-        if tiles is not None and tiles.whole_table:
-            network = network_in(self.sampled())
-            positions = network.tile_positions(x, tiles)
-            base = replace(base, embed=lambda x: network.embed(x, positions))
+        if tiles is not None and tiles.whole_table and not self.options.as_comfyui:
+            positions = network_in(self.sampled()).tile_positions(x, tiles)
+            base = replace(base, embed=partial(base.embed, positions=positions))
         residuals = self.control_model(
             base,
             x,
@@ -165,21 +164,16 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
             hint = torch.cat([self.for_pictures(part, pictures) for part in parts])
             return hint.repeat(chunks, 1, 1, 1)
         if self.cond_hint is None or self.cond_hint.shape[2:] != x.shape[2:]:
-            self.cond_hint = self.encoded(self.hint_at(x.shape[2], x.shape[3])).to(x)
+            (hint,) = self.encoded(self.hint_at(x.shape[2], x.shape[3]))
+            self.cond_hint = hint.to(x)
         return self.for_pictures(self.cond_hint, pictures).repeat(chunks, 1, 1, 1)
 
     def hint_of_tile(self, tiling: Tiling, number: int) -> Tensor:
         """The latents of a tile's part of the hint; all tiles' are made together, once."""
         if self.tile_hints is None or self.tile_hints[0] != tiling:
-            seen = self.hint_at(*tiling.whole)
-            pixels = in_pixels(tiling)
-            self.tile_hints = (
-                tiling,
-                [
-                    self.encoded(pixels.cut(seen.movedim(-1, 1), n).movedim(1, -1))
-                    for n in range(len(tiling))
-                ],
-            )
+            seen, pixels = self.hint_at(*tiling.whole).movedim(-1, 1), in_pixels(tiling)
+            parts = [pixels.cut(seen, n).movedim(1, -1) for n in range(len(tiling))]
+            self.tile_hints = tiling, self.encoded(*parts)
         return self.tile_hints[1][number]
 
     def for_pictures(self, hint: Tensor, pictures: int) -> Tensor:
@@ -204,25 +198,28 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
         scaled = comfy.utils.common_upscale(self.cond_hint_original, *size, method, "center")
         return self.seen_by_vae(rgb(scaled.movedim(1, -1)).clamp(0, 1))
 
-    def encoded(self, seen: Tensor) -> Tensor:
+    def encoded(self, *parts: Tensor) -> list[Tensor]:
         """Latents (B, 16, H / 8, W / 8), on the model's scale, of what the VAE is to see."""
         if self.vae is None:
             raise SettingError(
                 "An SD3.5 ControlNet reads its picture through the VAE, and none is connected. "
                 "Connect the VAE output of SD35Loader to the node that applies the ControlNet."
             )
-        rows, columns = (side // PIXELS for side in seen.shape[1:3])
         loaded = comfy.model_management.loaded_models(only_currently_used=True)
-        latents = self.vae.encode((seen + 1) / 2)
+        found = []
+        for seen in parts:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            latents = self.vae.encode((seen + 1) / 2)
+            wanted = self.config.in_channels, *(side // PIXELS for side in seen.shape[1:3])
+            if latents.shape[1:] != wanted:
+                raise SettingError(
+                    f"The connected VAE makes latents of shape {list(latents.shape[1:])} from the "
+                    f"ControlNet's picture, expected {list(wanted)}. Connect SD3.5's VAE."
+                )
+            found.append(self.latent_format.process_in(latents))
         # the host may list a model of which only the weights are left
         comfy.model_management.load_models_gpu([model for model in loaded if model is not None])
-        if latents.shape[1:] != (self.config.in_channels, rows, columns):
-            raise SettingError(
-                f"The connected VAE makes latents of shape {list(latents.shape[1:])} from the "
-                f"ControlNet's picture, expected {[self.config.in_channels, rows, columns]}. "
-                "Connect SD3.5's VAE."
-            )
-        return self.latent_format.process_in(latents)
+        return found
 
 
 def steered(
@@ -253,6 +250,32 @@ def steered(
         [[text, {**extra, "control": control(extra.get("control")), **own}] for text, extra in rows]
         for rows in prompts
     ]
+
+
+def check_controls(*prompts: Any) -> None:
+    """Raise SettingError where a prompt carries a ControlNet that can't be drawn in tiles: the
+    host's own shrinks its whole picture to every one of them."""
+    for rows in prompts:
+        for _, extra in rows:
+            control = extra.get("control")
+            while control is not None:
+                if not isinstance(control, SD35ControlNet):
+                    raise SettingError(
+                        f"A prompt carries a {type(control).__name__} of another loader, which "
+                        "would steer every tile by the whole picture. Load it with SD3.5 "
+                        "ControlNet Loader, or connect it to control_net here."
+                    )
+                control = control.previous_controlnet
+
+
+def check_table(model: Any) -> None:
+    """Raise SettingError for a model whose tiles can't know their place in the whole picture."""
+    network = network_in(model.model)
+    if not isinstance(network, HostMMDiTX):
+        raise SettingError(
+            f"positions 'of the whole' need a model from SD3.5 Loader; this one is a "
+            f"{type(network).__name__}. Load it there, or set positions to 'own'."
+        )
 
 
 def from_loader(control_net: Any) -> SD35ControlNet:

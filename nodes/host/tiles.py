@@ -36,6 +36,7 @@ def with_tiles(model: Any, tiling: Tiling, at_once: AtOnce, whole_table: bool = 
     """
     tiled = model.clone()
     weights_on = cache(tiling.weights.to)  # carried to a device once, not in every step
+    prompts = Prompts(tiling)
 
     def run(
         executor: Any,
@@ -60,7 +61,7 @@ def with_tiles(model: Any, tiling: Tiling, at_once: AtOnce, whole_table: bool = 
             try:
                 made = executor(
                     model,
-                    [conds_of(cond, tiling, numbers[0]) for cond in conds],
+                    [prompts.of_tile(cond, numbers[0], x.device) for cond in conds],
                     torch.cat([tiling.cut(x, n) for n in numbers]),
                     sigma.repeat(len(numbers)),
                     {**options, "transformer_options": transformer},
@@ -115,21 +116,39 @@ def has_place(conds: list[Cond] | None) -> bool:
     return any("area" in cond or "mask" in cond for cond in conds or ())
 
 
-def conds_of(conds: list[Cond] | None, tiling: Tiling, number: int) -> list[Cond] | None:
-    """The prompts that act on a tile, each with a mask where it acts on a part of it; the first
-    one, everywhere, where none does."""
-    if not conds or not has_place(conds):
-        return conds
-    found = [cond for cond in (placed(each, tiling, number) for each in conds) if cond is not None]
-    return found or [{k: v for k, v in conds[0].items() if k not in ("area", "mask")}]
+class Prompts:
+    """The prompts of each tile, made once: whether a mask reaches a tile only its device knows, and
+    asking that in every step would have a card wait."""
+
+    def __init__(self, tiling: Tiling):
+        self.tiling = tiling
+        self.known: dict[tuple[int, int], tuple[Cond, Cond | None]] = {}
+
+    def of_tile(self, conds: list[Cond] | None, number: int, device: Any) -> list[Cond] | None:
+        """Those that act on a tile, each with a mask where it acts on a part of it; the first one,
+        everywhere, where none does."""
+        if not conds or not has_place(conds):
+            return conds
+        placed = (self.placed(each, number, device) for each in conds)
+        found = [cond for cond in placed if cond is not None]
+        return found or [{k: v for k, v in conds[0].items() if k not in ("area", "mask")}]
+
+    def placed(self, cond: Cond, number: int, device: Any) -> Cond | None:
+        """A prompt with its place in a tile; None where it does not reach it."""
+        key = id(cond), number
+        if key not in self.known:  # with the prompt itself, so that its id stays its own
+            self.known[key] = cond, placed(cond, self.tiling, number, device)
+        return self.known[key][1]
 
 
-def placed(cond: Cond, tiling: Tiling, number: int) -> Cond | None:
-    """A prompt with its area and mask as one mask of a tile; None where it does not reach it."""
+def placed(cond: Cond, tiling: Tiling, number: int, device: Any) -> Cond | None:
+    """A prompt with its area and mask as one mask of a tile, on the device that samples; None where
+    it does not reach it."""
     acts = torch.ones(1, *tiling.whole)
     if "area" in cond:
         *size, top, left = cond["area"][-4:]
         acts.zero_()[:, top : top + size[0], left : left + size[1]] = 1
+    acts = acts.to(device)
     if "mask" in cond:
         acts = acts * cond["mask"].to(acts)
     mask = tiling.cut(acts, number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ from ...sd35_core.training.dataset import (
     picture_of,
     shapes_near,
 )
-from ...sd35_core.training.run import Run
+from ...sd35_core.training.run import DivergedError, Run
 from ...sd35_core.whole_file import free_name
 from .calibration import encoded
 from .files import first_folder, hashed
@@ -142,7 +143,7 @@ def train_lora(
     for group in groups:
         for key, tensor in sorted(group.items()):
             marks.update(f"{key}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
-    mark = hashed(f"{config} {marks.hexdigest()}")
+    mark = hashed(f"{replace(config, metadata={})} {marks.hexdigest()}")  # under any name
     folder = Path(folder_paths.get_temp_directory()) / f"sd35_train_{mark}"
     show = progress()
     interrupted = comfy.model_management.processing_interrupted
@@ -161,9 +162,21 @@ def train_lora(
             if not interrupted():
                 show(run.step, config.steps)
 
-        run.go_on(shown, interrupted)
-        path = free_name(first_folder("loras") / f"{name}.safetensors")
+        path = first_folder("loras") / f"{name}.safetensors"
+        try:
+            end_if_cancelled()
+            run.go_on(shown, interrupted)
+        except DivergedError as error:
+            path = free_name(path)
+            run.write_model(path)
+            shutil.rmtree(folder, ignore_errors=True)  # or the same queue ran away again
+            raise SettingError(f"{error} It is in '{path.name}', in ComfyUI's loras.") from error
+        if run.step == 0:
+            end_if_cancelled()
+        path = free_name(path)
         run.write_model(path)
+        if run.step == config.steps:
+            shutil.rmtree(folder, ignore_errors=True)
     return Learned(path, run)
 
 

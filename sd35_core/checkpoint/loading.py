@@ -28,6 +28,10 @@ from .layouts import (
 )
 from .tensor_file import StateDict, TensorFile, Tensors
 
+OLD_QUANTS = "_quantization_metadata"
+"""In the metadata of files that name their formats there."""
+OLD_SCALES = ("scaled_fp8", ".scale_weight")
+"""Keys of ComfyUI's scaled fp8 before it had comfy_quant."""
 Module = TypeVar("Module", bound=nn.Module)
 QUANTIZATION_SUFFIXES = (
     ".weight_scale", ".weight_codebook", ".input_scale", ".comfy_quant", ".scale_weight"
@@ -158,9 +162,17 @@ def with_table(tensors: StateDict) -> StateDict:
 def load(path: str | Path, operations: Operations | None = None, dtype: Any = None) -> MMDiTX:
     """An MMDiTX with the weights of a file, on the CPU, in the file's own dtype or `dtype`.
 
-    Packed layers stay packed, in layers of PackedOperations unless others are given.
+    Packed layers stay packed, in layers of PackedOperations unless others are given. Raises
+    CheckpointError for scales that are not read here, without which the weights are wrong.
     """
-    tensors = diffusion_model(TensorFile(path), f"'{Path(path).name}'")
+    file = TensorFile(path)
+    if OLD_QUANTS in file.metadata or any(key.endswith(OLD_SCALES) for key in file):
+        raise CheckpointError(
+            f"'{file.path.name}' is quantized in an older form of ComfyUI's, whose scales are read "
+            "by SD3.5 Loader in ComfyUI alone. Take the model in 16 bits here, or write it in 8 "
+            "bits with SD3.5 Quantize."
+        )
+    tensors = diffusion_model(file, f"'{Path(path).name}'")
     config = checked_config(tensors, f"'{Path(path).name}'")
     operations = operations or operations_for(tensors)
     return with_weights(MMDiTX(config, operations, device="meta"), tensors, dtype)

@@ -32,6 +32,7 @@ from .kitchen import (
     is_here,
     kitchen_config,
     pack_for_host,
+    turned_by,
     unpack_for_host,
 )
 from .vectors import GROUP, Code, Entries, Packed, pack_vectors, vectors
@@ -53,6 +54,8 @@ RAW_FP8 = "raw fp8"
 """Weights cast to fp8, without scales and without a `comfy_quant` entry: for every loader."""
 BESIDE = ("weight_scale", "weight_scale_2", "weight_codebook")
 """Entries of a packed layer beside its codes."""
+GROUPS_TURNED = (4, 16, 64, 256)
+"""Inputs that a Hadamard matrix of comfy-kitchen's can turn together."""
 VERSION = 1
 """Of this pack's own formats; a file of a newer one is refused."""
 
@@ -209,6 +212,10 @@ def check_packed(packed: Packed, shape: tuple[int, int], name: str) -> str:
     rows, columns = shape
     if form in VECTORS and columns % GROUP:
         raise damaged(f"{columns} inputs, expected a multiple of {GROUP}")
+    if form in LAYOUTS and LAYOUTS[form].turned:
+        group = turned_by(format_named(packed, name)[1])
+        if group not in GROUPS_TURNED or columns % group:
+            raise damaged(f"groups of {group!r} inputs, expected 4, 16, 64 or 256 that divide them")
     wanted = {suffix: size for suffix, (_, size) in _entries(form, rows, columns).items()}
     for suffix, expected in wanted.items():
         tensor = packed.get(suffix)

@@ -50,6 +50,13 @@ def is_here() -> bool:
     return find_spec("comfy_kitchen") is not None
 
 
+def turned_by(config: Mapping[str, Any]) -> Any:
+    """How many inputs a layer says are turned together, at either place where ComfyUI reads it."""
+    inner = config.get("params")
+    inner = inner if isinstance(inner, dict) else {}
+    return config.get("convrot_groupsize", inner.get("convrot_groupsize", 256))
+
+
 def _layout(form: str) -> Any:
     if not is_here():
         raise SettingError(
@@ -128,7 +135,7 @@ def unpack_for_host(packed: Mapping[str, Tensor], form: str, dtype: torch.dtype)
     if form == NVFP4:
         values = {"scale": packed["weight_scale_2"], "block_scale": scale}
     if LAYOUTS[form].turned:
-        values["convrot_groupsize"] = int(config.get("convrot_groupsize", 256))
+        values["convrot_groupsize"] = turned_by(config)
     if form == CONVROT_INT8:
         values["convrot"] = True
     params = kitchen.Params(**values, orig_dtype=dtype, orig_shape=shape)

@@ -22,7 +22,7 @@ from ..errors import SD35Error, SettingError
 from ..packing.formats import INT8, VQ4
 from ..pipeline import Pipeline, Settings
 from .calibration import Call, moments_of, recorded
-from .fit import fitted_plan, halves
+from .fit import check_size, fitted_plan, halves
 from .influence import influence
 from .plan import EIGHT, FEWER, FOUR, Plan, fitted_in
 from .quantize import Done, check_name, log, network_of, quantize_file
@@ -48,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.prompts is not None:
             if options.tokenizer is None:
                 raise SettingError("--prompts needs --tokenizer, a folder with CLIP's tokenizer.")
+            if options.fit is not None:
+                tensors, _ = network_of(TensorFile(options.file), f"'{options.file.name}'")
+                check_size(tensors, round(options.fit * 1e9))
             lines = options.prompts.read_text(encoding="utf-8").splitlines()
             pipeline = Pipeline.load(options.file, tokenizer(options.tokenizer))
             calls = drawn(pipeline, [line for line in lines if line.strip()])

@@ -47,13 +47,14 @@ class Calls(list[Call]):
     apart = 1
 
     def hear(self, call: Call) -> None:
-        """Keep a call if it is its turn; of too many every other one is dropped."""
+        """Keep a call if it is its turn; of too many every third stays. Not every other: where the
+        memory is short a host calls for the prompt and for the negative one in turns."""
         if self.heard % self.apart == 0:
             self.append(call.map(lambda tensor: tensor.detach().cpu()))
         self.heard += 1
         if len(self) > MOST_CALLS:
-            del self[1::2]
-            self.apart *= 2
+            self[:] = self[::3]
+            self.apart *= 3
 
     def chosen(self) -> list[Call]:
         """Rows of calls from the whole run, early and late, with TOKENS image tokens in all."""
@@ -65,7 +66,7 @@ class Calls(list[Call]):
         each = min(rows, max(1, round(TOKENS / count / tokens)))
         found = []
         for i in range(count):
-            call = self[i * len(self) // count]
+            call = self[min(i * len(self) // count + i % 2, len(self) - 1)]
             picked = [(i + j * rows // each) % rows for j in range(each)]
             found.append(call.map(partial(_rows, rows=picked)))
         return found

@@ -17,14 +17,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoint.loading import shapes_of
+from ..checkpoint.loading import shapes_of, with_axes
+from ..checkpoint.tensor_file import TensorFile
 from ..errors import SettingError
+from ..network.config import Shape
 from ..network.mmditx import MMDiTX
-from ..packing.formats import INT8, VQ2, VQ3, VQ4, pack, packed_bytes, unpack
+from ..packing.formats import INT8, VQ2, VQ3, VQ4, is_packed, pack, packed_bytes, unpack
 from ..packing.vectors import GROUP
 from .calibration import Call, Moments, moments_of
 from .plan import Fitted, may_be_packed
-from .quantize import relative_error
+from .quantize import quantized_already, relative_error
 
 TRIED = (VQ2, VQ3, VQ4, INT8)
 ROWS = 256
@@ -53,7 +55,7 @@ def fitted_plan(
     moments, block by block, of two halves of a calibration (see `halves`). Raises SettingError for
     a size that is too small, and says the least.
     """
-    shapes = {key: shape for key, shape in shapes_of(tensors).items() if may_be_packed(key, shape)}
+    shapes, rest = _parts(tensors)
     found: dict[str, list[Choice]] = {}
     for block, other in moments:
         for key, second in block.items():
@@ -61,9 +63,12 @@ def fitted_plan(
                 weight = tensors[key].to(second.device)
                 found[key] = choices(weight, second, other[key], influence.get(key, 0.0))
                 on_layer(len(found), len(shapes))
-    for key, shape in shapes.items():
-        found.setdefault(key, [Choice(f, packed_bytes(f, shape), 0.0) for f in forms_for(shape)])
-    rest = sum(t.numel() * t.element_size() for k, t in tensors.items() if k not in shapes)
+    unseen = [key for key in shapes if key not in found]
+    if unseen:
+        raise SettingError(
+            f"The calibration never ran '{unseen[0]}' ({len(unseen)} of {len(shapes)} layers), so "
+            "nothing says which bits it needs. Take more prompts or steps."
+        )
     chosen = solved(found, size - rest, rest)
     return Fitted(
         {key: choice.form for key, choice in chosen.items()},
@@ -71,6 +76,34 @@ def fitted_plan(
         rest + sum(choice.size for choice in chosen.values()),
         sum(choice.error for choice in chosen.values()) ** 0.5,
     )
+
+
+def check_size(tensors: Mapping[str, Tensor], size: int) -> None:
+    """Before anything is measured: raise SettingError for a model that is quantized already, and
+    for a size below the smallest plan, which is said."""
+    small = any(dtype_of(tensors, key).itemsize == 1 for key in _parts(tensors)[0])
+    if small or is_packed(tensors):
+        raise quantized_already()
+    shapes, rest = _parts(tensors)
+    least = {k: [min(_unmeasured(s), key=lambda c: c.size)] for k, s in shapes.items()}
+    solved(least, size - rest, rest)
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Shape], int]:
+    """The shapes of what can be packed, and the bytes of the rest as it will be in the file."""
+    every = shapes_of(tensors)
+    shapes = {key: shape for key, shape in every.items() if may_be_packed(key, shape)}
+    rest = with_axes({key: tensors[key] for key in every if key not in shapes})
+    return shapes, sum(tensor.numel() * tensor.element_size() for tensor in rest.values())
+
+
+def _unmeasured(shape: Shape) -> list[Choice]:
+    return [Choice(form, packed_bytes(form, shape), 0.0) for form in forms_for(shape)]
+
+
+def dtype_of(tensors: Mapping[str, Tensor], key: str) -> torch.dtype:
+    """Of a file from its header."""
+    return tensors.entry(key)[0] if isinstance(tensors, TensorFile) else tensors[key].dtype
 
 
 def forms_for(shape: tuple[int, ...]) -> tuple[str, ...]:
@@ -83,6 +116,11 @@ def halves(
 ) -> Iterable[tuple[Moments, Moments]]:
     """The moments of the first prompts and of the last: a format is tried with the one, and judged
     by the other. Of what adaLN sees a calibration has few samples, which it would fit too well."""
+    if len(calls) < 2:
+        raise SettingError(
+            f"The calibration recorded {len(calls)} calls of the model; two are the least. Take "
+            "more prompts or steps."
+        )
     middle = len(calls) // 2
     return zip(
         moments_of(network, calls[:middle], device), moments_of(network, calls[middle:], device)

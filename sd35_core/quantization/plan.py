@@ -135,7 +135,7 @@ class Fitted:
         return f"fitted to {self.size / 1e9:.3g} GB"
 
     def words(self, calibrated: bool) -> str:
-        return f"{self.size / 1e9:.3g}gb"
+        return f"{self.size / 1e9:.3g}gb" + ("" if calibrated else "_datafree")
 
     def about(self) -> dict[str, Any]:
         return asdict(self)

@@ -64,7 +64,7 @@ class Quantizing:
         on_layer: Done,
     ):
         if is_packed(tensors):
-            raise _quantized_already()
+            raise quantized_already()
         self.tensors, self.plan, self.on_layer = tensors, plan, on_layer
         self.calibrated, self.moments = moments is not None, iter(moments or ())
         shapes = shapes_of(tensors)
@@ -100,7 +100,7 @@ class Quantizing:
     def _packed(self, key: str, second: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         weight = self.tensors[key] if second is None else self.tensors[key].to(second.device)
         if weight.dtype.itemsize == 1:
-            raise _quantized_already()
+            raise quantized_already()
         form, prefix = self.forms[key], key.removesuffix("weight")
         packed = pack(weight, form, second)
         error = relative_error(weight, unpack(packed, form, torch.float32), second)
@@ -115,7 +115,7 @@ class Quantizing:
         return Report(self.plan, self.calibrated, self.layers, before, after)
 
 
-def _quantized_already() -> SettingError:
+def quantized_already() -> SettingError:
     return SettingError(
         "This model is quantized already; quantizing it again would add up the errors. Start from "
         "the original file."

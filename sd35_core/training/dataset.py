@@ -100,8 +100,12 @@ def captioned_pictures(folder: Path, sizes: list[Size]) -> list[tuple[Tensor, Si
 
 
 def caption_of(picture: Path) -> str:
-    """What the .txt file beside a picture says."""
-    return picture.with_suffix(".txt").read_text(encoding="utf-8").strip()
+    """What the .txt file beside a picture says. Raises SettingError for one that is no UTF-8."""
+    path = picture.with_suffix(".txt")
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()  # Windows' editors put a mark before
+    except UnicodeDecodeError as error:
+        raise SettingError(f"images: '{path}' is not UTF-8 ({error}). Save it as that.") from error
 
 
 def captions_in(folder: Path) -> list[str]:
@@ -127,7 +131,10 @@ def read_picture(path: Path, sizes: list[Size]) -> tuple[Tensor, Size]:
 
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGBA")
+            turned = ImageOps.exif_transpose(opened)
+            if turned.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+                turned = turned.point(lambda value: value * (1 / 257)).convert("L")
+            image = turned.convert("RGBA")
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
         raise SettingError(f"images: '{path}' can't be read as a picture: {error}") from error
     ground = Image.new("RGBA", image.size, "white")

@@ -24,6 +24,7 @@ from ..errors import CheckpointError, SettingError
 from ..network.config import MMDiTXConfig
 from ..network.layers import Attend, JointBlock, attention
 from ..network.mmditx import MMDiTX, run_block
+from ..packing.formats import packed_layers
 from .config import TrainingConfig
 from .dataset import Examples
 from .lora import LoraPlan, attach
@@ -158,11 +159,13 @@ def _weights(file: TensorFile, bf16: bool) -> tuple[int, int, bool]:
     stored = held = 0
     packed = False
     prefix = next(p for p in PREFIXES if p + MARK in file or p + DIFFUSERS_MARK in file)
-    for key in keys_under(file, prefix):
+    keys = keys_under(file, prefix)
+    marked = packed_layers(keys)
+    for key in keys:
         entry = file.entries[prefix + key][1]
         count, size = math.prod(entry["shape"]), DTYPES[entry["dtype"]].itemsize
         packed = packed or key.endswith(QUANTIZATION_SUFFIXES)
-        plain = size > 1
+        plain = key.rpartition(".")[0] not in marked
         stored += count * size
         matrix = len(entry["shape"]) in (2, 4) or key.endswith(".bias")
         held += count * ((2 if matrix else size) if bf16 else 4) if plain else count * size

@@ -183,8 +183,7 @@ class Run:
             raise DivergedError(
                 f"Training ran away at step {self.step + 1}: the loss is {total:g}, the gradient's "
                 f"length {length:g}. What was learned before is kept. Lower the rate (now "
-                f"{config.rate:g}) or raise warm_up ({config.warm_up}), and look for broken "
-                "pictures; then begin again in another folder."
+                f"{config.rate:g}) and look for broken pictures; then begin again."
             )
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:

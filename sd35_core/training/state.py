@@ -70,7 +70,8 @@ def read_state(
             )
         state: dict[str, Any] = {key: tensors[f"{key}.{name}"].to(device) for key in keys}
         if state and not of_muon:
-            state["step"] = torch.tensor(float(step))
+            fused = optimiser.defaults.get("fused")  # which counts on the device
+            state["step"] = torch.tensor(float(step), device=device if fused else "cpu")
         optimiser.state[learning[name]] = state
     average = {k: v.to(device) for k, v in under(tensors, "average.").items()}
     return average, History(_losses(tensors.get(HISTORY))), metadata

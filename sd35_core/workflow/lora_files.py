@@ -267,7 +267,7 @@ def _misfit(name: str, shapes: Mapping[str, Shape], model: Model) -> str:
     if shape is not None and "attn2" in block[2] and number not in shape.dual_blocks:
         return "a second attention (attn2), which that block of this model does not have"
     matrices = [s for part, s in shapes.items() if len(s) == 2 and "lokr" not in part]
-    if model.hidden is None or not matrices:  # a LoKr's factors have sides of their own
+    if not model.hidden or not matrices:  # a LoKr's factors have sides of their own
         return ""
     if any(side % model.hidden == 0 for sides in matrices for side in sides):
         return ""

@@ -238,6 +238,7 @@ class Reader(Latents):
         return replace(
             facts,
             by_stock_loader=stock,
+            of_the_sampler=self.kind(key) == UPSCALE,
             strength=self.number(key, "strength"),
             start=0.0 if self.kind(key) == UPSCALE else self.number(key, "start", "start_percent"),
             end=self.number(key, "end", "end_percent"),

@@ -97,6 +97,8 @@ class Control:
     blank: bool = False
     hint_size: tuple[int, int] | None = None
     on_both: bool = True
+    of_the_sampler: bool = False
+    """Whether the node that samples makes its picture, as an upscaler does."""
     by_stock_loader: bool = False
     """Whether ComfyUI's own loader reads it."""
 

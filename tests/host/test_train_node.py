@@ -111,6 +111,48 @@ def test_a_cancelled_run_leaves_a_lora_and_goes_on(
     assert seen == [2, 3] and "step 4 of 4" in report
 
 
+def test_a_run_that_runs_away_leaves_its_lora_and_begins_anew(
+    comfy: SimpleNamespace, train: Any, images: list[Tensor], loras: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    inner = comfy.training.train_lora.__globals__["Run"]
+    diverged, advance = comfy.training.train_lora.__globals__["DivergedError"], inner.advance
+    steps: list[int] = []
+
+    def run_away(run: Any) -> float:
+        steps.append(run.step)
+        if run.step == 2:
+            raise diverged("Training ran away at step 3.")
+        return advance(run)
+
+    monkeypatch.setattr(inner, "advance", run_away)
+    settings = {"images": images, "captions": CAPTIONS, "name": "away", "seed": 8}
+    for file in ("away", "away_2"):
+        with pytest.raises(Exception, match=rf"ran away .* in '{file}\.safetensors'"):
+            train(**settings)
+        assert lora_in(loras / f"{file}.safetensors", Model(depth=4, hidden=256)).layers
+    assert steps == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_run_that_is_cancelled_before_it_begins_leaves_nothing(
+    train: Any, images: list[Tensor], loras: Path, comfy: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from comfy import model_management as management
+
+    inner = comfy.training.train_lora.__globals__["Run"]
+    resume = inner.resume
+
+    def cancelled(run: Any) -> None:
+        resume(run)
+        management.interrupt_current_processing()
+
+    monkeypatch.setattr(inner, "resume", cancelled)
+    with pytest.raises(management.InterruptProcessingException):
+        train(images=images, captions=CAPTIONS, name="never", seed=9)
+    assert not (loras / "never.safetensors").exists()
+
+
 def test_a_folder_in_the_hosts_input_does_instead(
     train: Any, base: Path, comfy: SimpleNamespace, tmp_path: Path
 ) -> None:
@@ -136,6 +178,8 @@ def test_a_folder_in_the_hosts_input_does_instead(
         ({"images": [torch.rand(1, 64, 64, 3)]}, "a text for each image, or one for all"),
         ({"images": [torch.rand(3, 64, 64, 3)], "captions": CAPTIONS}, "3 images and 2 captions"),
         ({"images": [torch.rand(1, 1, 1, 3)], "captions": ["x"]}, "1x1 pixels, too few"),
+        ({"name": "\u540d" * 100}, "200 bytes at most"),
+        ({"name": "NUL"}, "none that Windows keeps"),
         ({"name": "../up"}, r"name is '../up'"),
         ({"images": [torch.rand(1, 64, 64, 3)], "captions": ["x"], "blocks": "detail"},
          "30-37 in Stability AI's guide for SD3.5 Large"),

@@ -281,6 +281,25 @@ def test_settings_that_cannot_be_are_refused(
         upscaled(**changes)
 
 
+def test_a_controlnet_of_another_loader_on_a_prompt_is_refused(upscaled: Any, conds: Conds) -> None:
+    import comfy.controlnet
+
+    foreign = comfy.controlnet.ControlBase()
+    prompt = [[text, {**extra, "control": foreign}] for text, extra in conds.positive]
+    with pytest.raises(Exception, match="would steer every tile by the whole picture"):
+        upscaled(positive=prompt)
+
+
+def test_positions_of_the_whole_need_our_model(upscaled: Any, stock: Any) -> None:
+    with pytest.raises(Exception, match="need a model from SD3.5 Loader"):
+        upscaled(stock, positions="of the whole")
+
+
+def test_a_depth_map_on_the_prompts_is_cut_for_the_tiles(upscaled: Any, controlled: Any) -> None:
+    steered = controlled("depth 2b")
+    assert difference(upscaled(steps=1, **steered), upscaled(steps=1)) > 1e-3
+
+
 def test_a_depth_controlnet_is_refused(
     comfy: SimpleNamespace, files: dict[str, Path], upscaled: Any
 ) -> None:

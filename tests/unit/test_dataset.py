@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -28,7 +29,7 @@ from sd35_core.pipeline import main as draw
 from sd35_core.training import watching
 from sd35_core.training.__main__ import main
 from sd35_core.training.config import read_config
-from sd35_core.training.dataset import read_folder, read_picture
+from sd35_core.training.dataset import captions_in, read_folder, read_picture
 from sd35_core.training.run import Run
 from sd35_core.training.trained import Trained
 from tools import host as hosts
@@ -77,9 +78,14 @@ def without_a_caption(folder: Path) -> None:
     (folder / "green.txt").unlink()
 
 
+def with_a_caption_in_another_coding(folder: Path) -> None:
+    (folder / "green.txt").write_bytes("a café".encode("cp1252"))
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
+        (with_a_caption_in_another_coding, r"green\.txt' is not UTF-8"),
         (without_pictures, r"has no pictures; looked for \.png"),
         (with_a_broken_picture, r"blue\.png' can't be read as a picture"),
         (with_a_text_as_picture, r"blue\.png' can't be read as a picture"),
@@ -90,6 +96,18 @@ def test_a_bad_folder_is_refused(spoil: Callable[[Path], None], said: str, folde
     spoil(folder)
     with pytest.raises(SettingError, match=said):
         read_folder(folder, [(32, 32)], TinyAutoencoder(), words_as_tokens)
+
+
+def test_a_mark_that_editors_put_before_a_caption_is_none_of_it(folder: Path) -> None:
+    (folder / "green.txt").write_text("a green square", encoding="utf-8-sig")
+    assert "a green square" in captions_in(folder)
+
+
+def test_16_bits_of_grey_are_read_whole(tmp_path: Path) -> None:
+    values = np.full((16, 16), 20000, np.uint16)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    pixels, _ = read_picture(tmp_path / "grey.png", [(16, 16)])
+    assert pixels.unique().tolist() == [77]
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -16,9 +16,13 @@ from safetensors.torch import save_file
 from sd35_core.errors import SettingError
 from sd35_core.network.config import MMDiTXConfig
 from sd35_core.network.mmditx import MMDiTX
+from sd35_core.packing.formats import RAW_FP8
+from sd35_core.quantization.plan import Plan
+from sd35_core.quantization.quantize import quantize_file
 from sd35_core.training.config import TrainingConfig
 from sd35_core.training.estimate import ADAMW, Scene, activations, check_memory, parts_of, scene_of
 from sd35_core.training.run import Run
+from sd35_core.training.trained import trainable_base
 
 from ..conftest import PACK
 
@@ -104,6 +108,16 @@ def test_each_part_is_counted(lora_config: TrainingConfig) -> None:
     encoders = sum(p.numel() for e in run.model.encoders.values() for p in e.parameters())
     assert need.encoders == 4 * encoders
     assert need.total == need.base + need.learned + need.encoders + need.activations
+
+
+def test_weights_cast_to_fp8_are_counted_as_they_are_held(
+    lora_config: TrainingConfig, tmp_path: Path
+) -> None:
+    raw, _ = quantize_file(Path(lora_config.start), Plan(8, RAW_FP8), out=tmp_path / "raw.sft")
+    network = trainable_base(str(raw), bf16=True)
+    held = sum(tensor.nbytes for tensor in network.state_dict().values())
+    need = parts_of(replace(lora_config, start=str(raw), bf16=True), Scene(1, 8, 8, 8), False)
+    assert need.base == pytest.approx(held, rel=0.02)
 
 
 def test_what_costs_less_is_less(lora_config: TrainingConfig) -> None:

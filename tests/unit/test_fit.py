@@ -25,7 +25,7 @@ from sd35_core.packing.formats import (
 )
 from sd35_core.packing.kitchen import LAYOUTS
 from sd35_core.quantization.calibration import Calls, moments_of, recorded
-from sd35_core.quantization.fit import TRIED, Choice, curve, fitted_plan, halves, solved
+from sd35_core.quantization.fit import TRIED, Choice, check_size, curve, fitted_plan, halves, solved
 from sd35_core.quantization.influence import influence
 from sd35_core.quantization.plan import Fitted, Plan, fitted_in
 from sd35_core.quantization.quantize import network_of, quantize_file
@@ -165,6 +165,40 @@ def test_a_plan_is_kept_in_the_file_and_used_again(
     smaller = Fitted({next(iter(plan.forms)): VQ2}, 1, 1, 0.0)
     with pytest.raises(SettingError, match="a model of another size"):
         quantize_file(model_file, smaller, out=tmp_path / "other.safetensors")
+
+
+def test_a_size_is_that_of_the_file_with_its_table_as_axes(
+    seen: tuple[MMDiTX, Calls], tmp_path: Path
+) -> None:
+    weights = {k: t.half() for k, t in random_weights(TINY).items()}
+    rows = torch.randn(2, 16, 64).half()
+    table = torch.cat([rows[0][None].expand(16, -1, -1), rows[1][:, None].expand(-1, 16, -1)], -1)
+    path = tmp_path / "model.safetensors"
+    save_file({**weights, "pos_embed": table.reshape(1, 256, 128).contiguous()}, path)
+    plan = plan_for(path, seen, round(0.35 * path.stat().st_size))
+    _, report = quantize_file(path, plan, out=tmp_path / "out.safetensors")
+    assert report.after == pytest.approx(plan.taken, rel=1e-3)
+
+
+def test_what_can_not_be_fitted_is_said_before_anything_is_measured(
+    model_file: Path, seen: tuple[MMDiTX, Calls], tmp_path: Path
+) -> None:
+    tensors, _ = network_of(TensorFile(model_file), "it")
+    check_size(tensors, model_file.stat().st_size)
+    with pytest.raises(SettingError, match="smallest that can be made of it is"):
+        check_size(tensors, 1000)
+    packed, _ = quantize_file(model_file, Plan(4), out=tmp_path / "packed.safetensors")
+    tensors, _ = network_of(TensorFile(packed), "it")
+    with pytest.raises(SettingError, match="quantized already"):
+        check_size(tensors, 10**9)
+    network, calls = seen
+    with pytest.raises(SettingError, match="recorded 1 calls"):
+        halves(network, calls[:1], CPU)
+
+
+def test_a_plan_without_calibration_says_so_in_the_name() -> None:
+    plan = Fitted({}, 2 * 10**9, 0, 0.0)
+    assert plan.words(True) == "2gb" and plan.words(False) == "2gb_datafree"
 
 
 def test_bytes_are_counted_as_they_are_packed() -> None:

@@ -57,6 +57,23 @@ def test_a_layer_of_another_shape_is_damaged(form: str) -> None:
         check_packed(packed, (192, 512), "it")
 
 
+def test_groups_are_read_where_comfyui_reads_them() -> None:
+    weight = torch.randn(64, 192, generator=torch.Generator().manual_seed(0))
+    packed = pack(weight, CONVROT_INT8)
+    expected = unpack(packed, CONVROT_INT8, torch.float32)
+
+    def marked(inner: str) -> dict[str, torch.Tensor]:
+        text = f'{{"format": "int8_tensorwise", "params": {{"convrot": true{inner}}}}}'
+        return {**packed, "comfy_quant": torch.tensor(list(text.encode()), dtype=torch.uint8)}
+
+    elsewhere = marked(', "convrot_groupsize": 64')
+    assert check_packed(elsewhere, (64, 192), "it") == CONVROT_INT8
+    assert torch.equal(unpack(elsewhere, CONVROT_INT8, torch.float32), expected)
+    for wrong in ("", ', "convrot_groupsize": 48', ', "convrot_groupsize": null'):
+        with pytest.raises(CheckpointError, match="groups of"):
+            check_packed(marked(wrong), (64, 192), "it")
+
+
 def test_a_width_that_does_not_fit_is_refused() -> None:
     with pytest.raises(SettingError, match="30 outputs and 512 inputs"):
         pack(torch.randn(30, 512), NVFP4)

@@ -80,6 +80,14 @@ def test_other_families_are_named(layer: str, tmp_path: Path) -> None:
     assert (found.matched, found.made_for) == (0, OTHERS[layer])
 
 
+def test_a_lora_of_no_width_has_no_width(tmp_path: Path) -> None:
+    path = tmp_path / "empty.safetensors"
+    name = "lora_unet_joint_blocks_0_x_block_attn_proj"
+    save_file({f"{name}.lora_down.weight": torch.zeros(4, 0),
+               f"{name}.lora_up.weight": torch.zeros(8, 4)}, path)  # fmt: skip
+    assert lora_in(path).layers == 1
+
+
 def test_each_reason_is_counted_with_an_example(tmp_path: Path) -> None:
     layers = {
         "transformer.transformer_blocks.3.attn.to_q": PEFT,

@@ -38,7 +38,14 @@ from sd35_core.packing.formats import (
 from sd35_core.packing.layers import NativeLinear, PackedLinear, int8_product
 from sd35_core.quantization import quantize
 from sd35_core.quantization.__main__ import main
-from sd35_core.quantization.calibration import TOKENS, gathered, moments_of, recorded
+from sd35_core.quantization.calibration import (
+    TOKENS,
+    Call,
+    Calls,
+    gathered,
+    moments_of,
+    recorded,
+)
 from sd35_core.quantization.plan import Plan
 from sd35_core.quantization.quantize import quantize_file, relative_error
 
@@ -281,6 +288,17 @@ def test_recorded_calls_are_thinned_to_rows_from_the_whole_run() -> None:
     assert tokens <= TOKENS * 1.1 and all(len(call.x) == len(call.y) for call in chosen)
 
 
+def test_prompts_that_come_in_turns_with_the_negative_one_are_both_kept() -> None:
+    """As a host calls whose memory is short."""
+    calls = Calls()
+    for i in range(500):
+        side = torch.full((1, 16, 8, 8), float(i % 2))
+        calls.hear(Call(side, side, side, side))
+    assert 20 < len(calls) <= 64
+    assert {float(call.x.mean()) for call in calls} == {0.0, 1.0}
+    assert {float(call.x.mean()) for call in calls.chosen()} == {0.0, 1.0}
+
+
 def test_calibration_helps_the_whole_model(model_file: Path) -> None:
     network, inputs = load(model_file, dtype=torch.float32), random_inputs(SMALL, batch=64)
     with recorded(network) as calls, torch.no_grad():
@@ -307,6 +325,15 @@ def test_a_layer_is_on_the_disk_before_the_next_is_packed(model_file: Path) -> N
     grown = [after - before for before, after in zip(sizes, sizes[1:])]
     layers = report.layers[1:]
     assert all(0.9 * layer.after < size <= layer.after for layer, size in zip(layers, grown))
+
+
+@pytest.mark.parametrize("key", ["scaled_fp8", "joint_blocks.0.x_block.attn.qkv.scale_weight"])
+def test_scales_that_are_not_read_are_not_left_out(key: str, tmp_path: Path) -> None:
+    """ComfyUI's scaled fp8 before it had comfy_quant: without its scales the weights are wrong."""
+    path = tmp_path / "scaled.safetensors"
+    save_file({**random_weights(SMALL), key: torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match="an older form of ComfyUI's"):
+        load(path)
 
 
 def test_nothing_is_written_when_it_is_stopped_or_quantized_twice(model_file: Path) -> None:

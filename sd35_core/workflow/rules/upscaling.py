@@ -41,8 +41,15 @@ def about_upscaling(setup: Setup) -> Iterator[Finding]:
             f"the model's table ends at {side}. Set positions to '{OWN_TABLE}', or make the "
             "factor smaller.",
         )
-    kinds = [control.control_type for control in setup.controls if control.foreign is None]
-    if denoise is not None and denoise > FREE_DENOISE and not kinds:
+    acting = [c for c in setup.controls if c.foreign is None and c.strength != 0]
+    kinds = [control.control_type for control in acting if control.of_the_sampler]
+    if any(c.by_stock_loader and not c.of_the_sampler for c in acting):
+        yield error(
+            "upscale loader",
+            "A ControlNet on the prompts comes from ComfyUI's own loader, which would steer every "
+            "tile by the whole picture. Load it with SD3.5 ControlNet Loader.",
+        )
+    if denoise is not None and denoise > FREE_DENOISE and not acting:
         yield warning(
             "upscale denoise",
             f"denoise is {denoise:g} without a ControlNet: the picture becomes another one, with "
