@@ -102,3 +102,12 @@ def test_a_file_is_packed_and_loads(plan: Plan, tmp_path: Path) -> None:
         full, small = load(path, dtype=torch.float32), load(out, dtype=torch.float32)
         a, b = full(*inputs).flatten(), small(*inputs).flatten()
     assert torch.cosine_similarity(a, b, dim=0) > (0.999 if plan.bits == 8 else 0.95)
+
+
+@pytest.mark.parametrize("key", ["scaled_fp8", "joint_blocks.0.x_block.attn.qkv.scale_weight"])
+def test_scales_that_are_not_read_are_not_left_out(key: str, tmp_path: Path) -> None:
+    """ComfyUI's scaled fp8 before it had comfy_quant: without its scales the weights are wrong."""
+    path = tmp_path / "scaled.safetensors"
+    save_file({**random_weights(TINY), key: torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match="an older form of ComfyUI's"):
+        load(path)

@@ -39,10 +39,6 @@ from sd35_core.packing.layers import NativeLinear, PackedLinear, int8_product
 from sd35_core.quantization import quantize
 from sd35_core.quantization.__main__ import main
 from sd35_core.quantization.calibration import (
-    TOKENS,
-    Call,
-    Calls,
-    gathered,
     moments_of,
     recorded,
 )
@@ -50,7 +46,7 @@ from sd35_core.quantization.plan import Plan
 from sd35_core.quantization.quantize import quantize_file, relative_error
 
 from ..conftest import PACK
-from .models import random_inputs, random_model, random_weights
+from .models import random_inputs, random_weights
 
 SMALL = MMDiTXConfig(
     depth=2, hidden=128, context_dim=96, pooled_dim=40, pos_embed_max_size=16, qk_norm=True,
@@ -263,42 +259,6 @@ def test_a_controlnet_keeps_its_last_products_at_8_bits(tmp_path: Path) -> None:
     assert load_controlnet(out).config.control_type == "depth"
 
 
-def test_moments_are_those_of_a_whole_run() -> None:
-    network, inputs = random_model(SMALL), random_inputs(SMALL)
-    with recorded(network) as calls, gathered(network, "") as expected:
-        network(*inputs)
-    found = {}
-    for block in moments_of(network, [calls[0]], torch.device("cpu")):
-        found |= block
-    assert len(found) == 19
-    for key, moment in found.items():
-        assert torch.allclose(moment, expected[f".{key}"], rtol=1e-4, atol=1e-6), key
-
-
-def test_recorded_calls_are_thinned_to_rows_from_the_whole_run() -> None:
-    network = random_model(SMALL)
-    with recorded(network) as calls, torch.no_grad():
-        for step in range(40):
-            x, _, context, y = random_inputs(SMALL, batch=8, seed=step)
-            network(x, torch.full((8,), float(step)), context, y)
-    chosen = calls.chosen()
-    steps = [float(call.timestep[0]) for call in chosen]
-    assert steps == sorted(steps) and steps[0] == 0 and steps[-1] >= 38
-    tokens = sum(call.x.shape[0] * 24 for call in chosen)
-    assert tokens <= TOKENS * 1.1 and all(len(call.x) == len(call.y) for call in chosen)
-
-
-def test_prompts_that_come_in_turns_with_the_negative_one_are_both_kept() -> None:
-    """As a host calls whose memory is short."""
-    calls = Calls()
-    for i in range(500):
-        side = torch.full((1, 16, 8, 8), float(i % 2))
-        calls.hear(Call(side, side, side, side))
-    assert 20 < len(calls) <= 64
-    assert {float(call.x.mean()) for call in calls} == {0.0, 1.0}
-    assert {float(call.x.mean()) for call in calls.chosen()} == {0.0, 1.0}
-
-
 def test_calibration_helps_the_whole_model(model_file: Path) -> None:
     network, inputs = load(model_file, dtype=torch.float32), random_inputs(SMALL, batch=64)
     with recorded(network) as calls, torch.no_grad():
@@ -325,15 +285,6 @@ def test_a_layer_is_on_the_disk_before_the_next_is_packed(model_file: Path) -> N
     grown = [after - before for before, after in zip(sizes, sizes[1:])]
     layers = report.layers[1:]
     assert all(0.9 * layer.after < size <= layer.after for layer, size in zip(layers, grown))
-
-
-@pytest.mark.parametrize("key", ["scaled_fp8", "joint_blocks.0.x_block.attn.qkv.scale_weight"])
-def test_scales_that_are_not_read_are_not_left_out(key: str, tmp_path: Path) -> None:
-    """ComfyUI's scaled fp8 before it had comfy_quant: without its scales the weights are wrong."""
-    path = tmp_path / "scaled.safetensors"
-    save_file({**random_weights(SMALL), key: torch.ones(1)}, path)
-    with pytest.raises(CheckpointError, match="an older form of ComfyUI's"):
-        load(path)
 
 
 def test_nothing_is_written_when_it_is_stopped_or_quantized_twice(model_file: Path) -> None:
