@@ -32,7 +32,7 @@ from . import packed, processor
 from .control_base import Base, base_of, check_fit
 from .loading import by_the_host
 from .network import TILES, HostMMDiTX, TilesOfBatch, network_in
-from .tiles import in_pixels
+from .tiles import parts_of_picture
 
 STABILITY, COMFYUI = "Stability AI", "ComfyUI"
 
@@ -171,8 +171,7 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
     def hint_of_tile(self, tiling: Tiling, number: int) -> Tensor:
         """The latents of a tile's part of the hint; all tiles' are made together, once."""
         if self.tile_hints is None or self.tile_hints[0] != tiling:
-            seen, pixels = self.hint_at(*tiling.whole).movedim(-1, 1), in_pixels(tiling)
-            parts = [pixels.cut(seen, n).movedim(1, -1) for n in range(len(tiling))]
+            parts = parts_of_picture(self.hint_at(*tiling.whole), tiling)
             self.tile_hints = tiling, self.encoded(*parts)
         return self.tile_hints[1][number]
 

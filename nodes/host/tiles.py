@@ -172,10 +172,8 @@ Progress = Callable[[int, int], None]
 def encoded_in_tiles(vae: Any, pixels: Tensor, tiling: Tiling, show: Progress) -> Tensor:
     """VAE latents of a picture (B, H, W, 3), made tile by tile and blended: (B, 16, H/8, W/8)."""
     tiles = []
-    for number, (top, left) in enumerate(tiling.corners):
-        rows = slice(top * PIXELS, (top + tiling.size[0]) * PIXELS)
-        columns = slice(left * PIXELS, (left + tiling.size[1]) * PIXELS)
-        tiles.append(vae.encode(pixels[:, rows, columns]))
+    for number, part in enumerate(parts_of_picture(pixels, tiling)):
+        tiles.append(vae.encode(part))
         show(number + 1, len(tiling))
     return tiling.blended(tiles)
 
@@ -187,6 +185,12 @@ def decoded_in_tiles(vae: Any, latent: Tensor, tiling: Tiling, show: Progress) -
         tiles.append(vae.decode(tiling.cut(latent, number).contiguous()).movedim(-1, 1))
         show(number + 1, len(tiling))
     return in_pixels(tiling).blended(tiles).movedim(1, -1)
+
+
+def parts_of_picture(pixels: Tensor, tiling: Tiling) -> list[Tensor]:
+    """What each tile of a latent shows of its picture (B, H, W, C)."""
+    within = in_pixels(tiling)
+    return [within.cut(pixels.movedim(-1, 1), n).movedim(1, -1) for n in range(len(tiling))]
 
 
 def in_pixels(tiling: Tiling) -> Tiling:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, is_out_of_memory
 from ..limits import BLOCKS, counted
-from .tensor_file import StateDict, Tensors
+from .tensor_file import Entry, StateDict, Tensors
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 MARK = "joint_blocks.0.x_block.attn.qkv.weight"
@@ -109,6 +109,9 @@ class Part(Tensors):
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self.file.shape(self.prefix + key)
+
+    def entry(self, key: str) -> Entry:
+        return self.file.entry(self.prefix + key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys_within)

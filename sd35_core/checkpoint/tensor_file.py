@@ -66,6 +66,11 @@ class Tensors(Mapping[str, Tensor]):
     def shape(self, key: str) -> tuple[int, ...]:
         """Without reading the tensor."""
 
+    def entry(self, key: str) -> Entry:
+        """Type and shape; without reading the tensor where a header tells."""
+        tensor = self[key]
+        return tensor.dtype, tuple(tensor.shape)
+
 
 class TensorFile(Tensors):
     """The tensors of a safetensors file.

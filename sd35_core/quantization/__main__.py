@@ -48,17 +48,16 @@ def main(arguments: list[str] | None = None) -> int:
         if options.prompts is not None:
             if options.tokenizer is None:
                 raise SettingError("--prompts needs --tokenizer, a folder with CLIP's tokenizer.")
+            tensors, size = {}, round((options.fit or 0) * 1e9)
             if options.fit is not None:
                 tensors, _ = network_of(TensorFile(options.file), f"'{options.file.name}'")
-                check_size(tensors, round(options.fit * 1e9))
+                check_size(tensors, size)
             lines = options.prompts.read_text(encoding="utf-8").splitlines()
             pipeline = Pipeline.load(options.file, tokenizer(options.tokenizer))
             calls = drawn(pipeline, [line for line in lines if line.strip()])
             seen = pipeline.network, calls, pipeline.device
             moments = moments_of(*seen)
             if options.fit is not None:
-                tensors, _ = network_of(TensorFile(options.file), f"'{options.file.name}'")
-                size = round(options.fit * 1e9)
                 plan = fitted_plan(tensors, size, influence(*seen), halves(*seen), _progress())
                 log.info(plan.text())
         elif options.fit is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.loading import shapes_of, with_axes
-from ..checkpoint.tensor_file import TensorFile
+from ..checkpoint.tensor_file import Tensors
 from ..errors import SettingError
 from ..network.config import Shape
 from ..network.mmditx import MMDiTX
@@ -81,12 +81,14 @@ def fitted_plan(
 def check_size(tensors: Mapping[str, Tensor], size: int) -> None:
     """Before anything is measured: raise SettingError for a model that is quantized already, and
     for a size below the smallest plan, which is said."""
-    small = any(dtype_of(tensors, key).itemsize == 1 for key in _parts(tensors)[0])
-    if small or is_packed(tensors):
-        raise quantized_already()
     shapes, rest = _parts(tensors)
-    least = {k: [min(_unmeasured(s), key=lambda c: c.size)] for k, s in shapes.items()}
-    solved(least, size - rest, rest)
+    if is_packed(tensors) or any(dtype_of(tensors, key).itemsize == 1 for key in shapes):
+        raise quantized_already()
+    alike = {
+        key: [Choice(form, packed_bytes(form, shape), 0.0) for form in forms_for(shape)]
+        for key, shape in shapes.items()
+    }
+    solved(alike, size - rest, rest)
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Shape], int]:
@@ -97,13 +99,9 @@ def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Shape], int]:
     return shapes, sum(tensor.numel() * tensor.element_size() for tensor in rest.values())
 
 
-def _unmeasured(shape: Shape) -> list[Choice]:
-    return [Choice(form, packed_bytes(form, shape), 0.0) for form in forms_for(shape)]
-
-
 def dtype_of(tensors: Mapping[str, Tensor], key: str) -> torch.dtype:
     """Of a file from its header."""
-    return tensors.entry(key)[0] if isinstance(tensors, TensorFile) else tensors[key].dtype
+    return tensors.entry(key)[0] if isinstance(tensors, Tensors) else tensors[key].dtype
 
 
 def forms_for(shape: tuple[int, ...]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..checkpoint.layouts import DIFFUSERS_MARK, MARK, PREFIXES, keys_under
 from ..checkpoint.loading import QUANTIZATION_SUFFIXES, described_config
-from ..checkpoint.tensor_file import DTYPES, TensorFile
+from ..checkpoint.tensor_file import TensorFile
 from ..errors import CheckpointError, SettingError
 from ..network.config import MMDiTXConfig
 from ..network.layers import Attend, JointBlock, attention
@@ -162,12 +162,12 @@ def _weights(file: TensorFile, bf16: bool) -> tuple[int, int, bool]:
     keys = keys_under(file, prefix)
     marked = packed_layers(keys)
     for key in keys:
-        entry = file.entries[prefix + key][1]
-        count, size = math.prod(entry["shape"]), DTYPES[entry["dtype"]].itemsize
+        dtype, shape = file.entry(prefix + key)
+        count, size = math.prod(shape), dtype.itemsize
         packed = packed or key.endswith(QUANTIZATION_SUFFIXES)
         plain = key.rpartition(".")[0] not in marked
         stored += count * size
-        matrix = len(entry["shape"]) in (2, 4) or key.endswith(".bias")
+        matrix = len(shape) in (2, 4) or key.endswith(".bias")
         held += count * ((2 if matrix else size) if bf16 else 4) if plain else count * size
     return stored, held, packed
 
@@ -205,11 +205,11 @@ def check_memory(
         return
     raise SettingError(
         f"Training needs about {need.words()}, and {device} has {free / GB:.1f} GB for it. "
-        f"{_advice(config, scene, fused, free)}"
+        f"{_advice(config, scene, fused, need.total, free)}"
     )
 
 
-def _advice(config: TrainingConfig, scene: Scene, fused: bool, free: int) -> str:
+def _advice(config: TrainingConfig, scene: Scene, fused: bool, needed: int, free: int) -> str:
     """Changes that help, with what is needed then."""
     lighter = replace(config, checkpoint=True)
     one = replace(scene, batch=1)
@@ -222,7 +222,7 @@ def _advice(config: TrainingConfig, scene: Scene, fused: bool, free: int) -> str
     said = []
     for words, (changed, smaller) in changes.items():
         need = parts_of(changed, smaller, fused).total
-        if need < parts_of(config, scene, fused).total:
+        if need < needed:
             said.append(f"{words}: {need / GB:.1f} GB")
         if need <= free:
             break

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sd35_core.network.layers import grid_positions
 from sd35_core.sampling.step_cache import PACES
+from sd35_core.sampling.tiles import tiling
 
 from ..unit.models import TINY, random_inputs, random_model, random_weights
 from .cases import (
@@ -29,8 +30,10 @@ from .cases import (
     SMALL,
     Conds,
     adaln_lora,
+    area,
     difference,
     hooked,
+    masked,
     skipping,
     stock_skipping,
 )
@@ -107,6 +110,13 @@ def bypassed(s: Studio) -> Tensor:
     return s.draw(model)
 
 
+def tiled(s: Studio, whole_table: bool = False, **settings: Any) -> Tensor:
+    """What SD3.5 Upscale samples with."""
+    tiles = tiling((16, 16), 10, 4)
+    at_once = s.comfy.tiles.AtOnce(len(tiles))
+    return s.draw(s.comfy.tiles.with_tiles(s.model("on"), tiles, at_once, whole_table), **settings)
+
+
 def delegate(s: Studio, packed: str) -> Tensor:
     """What a node draws with that asks for a model without dynamic weights, as for compiling."""
     model = s.with_lora(s.model(packed=packed))
@@ -129,6 +139,12 @@ SCENES: dict[str, Callable[[Studio], Tensor]] = {
     "lora of one prompt": lambda s: s.draw(s.model(), positive=hooked(s.comfy, s.conds)),
     "step cache": step_cache,
     "own sampler": own_sampler,
+    "tiles": tiled,
+    "tiles with their places": lambda s: tiled(s, whole_table=True),
+    "tiles, prompts with a place": lambda s: tiled(
+        s, positive=area(s.conds.positive, 0.0) + masked(s.conds.longer)
+    ),
+    "tiles, controlnet": lambda s: tiled(s, whole_table=True, **s.controlled("blur 8b")),
     "fp8 widget": lambda s: s.draw(s.model(dtype="fp8_e4m3fn")),
     "fp8 fast widget": lambda s: s.draw(s.model(dtype="fp8_e4m3fn_fast")),
     "controlnet as ComfyUI": lambda s: s.draw(

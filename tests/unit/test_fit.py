@@ -196,6 +196,20 @@ def test_what_can_not_be_fitted_is_said_before_anything_is_measured(
         halves(network, calls[:1], CPU)
 
 
+def test_a_size_is_checked_without_reading_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    prefix = "model.diffusion_model."
+    save_file({prefix + k: t.half() for k, t in random_weights(TINY).items()}, path)
+    tensors, _ = network_of(TensorFile(path), "it")
+    read: list[str] = []
+    whole = TensorFile.__getitem__
+    monkeypatch.setattr(TensorFile, "__getitem__", lambda f, k: read.append(k) or whole(f, k))
+    check_size(tensors, path.stat().st_size)
+    assert not [k for k in read if k.endswith("mlp.fc1.weight")] and read
+
+
 def test_a_plan_without_calibration_says_so_in_the_name() -> None:
     plan = Fitted({}, 2 * 10**9, 0, 0.0)
     assert plan.words(True) == "2gb" and plan.words(False) == "2gb_datafree"
