@@ -25,6 +25,7 @@ from ..encoders.t5 import t5_tokenizer
 from ..encoders.text_encoder import KINDS, tokenizer
 from ..errors import SettingError
 from ..network.latent import to_model
+from ..network.layers import JointBlock
 from ..pipeline import MODEL, STATE, Pipeline, Settings, load_vae
 from ..whole_file import sweep, write_picture
 from .config import BEST, CURVE, SAMPLES, TrainingConfig, check_output, shape_given
@@ -88,7 +89,11 @@ class Run:
         self.model = to_be_trained(config, network, encoders)
         self.model.to(self.device)
         if config.compile:
-            self.model.diffusion_model.compile()
+            # Blocks alone: to them a picture of another size is another number of rows, and one
+            # graph serves all. Of the whole network torch 2.11 takes two sizes for one.
+            for module in self.model.modules():
+                if isinstance(module, JointBlock):
+                    module.compile()
         self.learning = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         self.optimisers = optimisers(self.learning, config)
         self.average = {k: p.detach().clone() for k, p in self.learning.items()}
