@@ -12,7 +12,7 @@ from ...sd35_core.errors import SettingError, is_out_of_memory
 from ...sd35_core.sampling.recipes import RECIPES
 from ...sd35_core.workflow.graph import TooLargeError
 from ...sd35_core.workflow.panels import answer, recipe_values
-from .facts import find_file
+from .facts import card_of, find_file
 
 ROUTE = "/sd35"
 LARGEST_BODY = 2_000_000
@@ -71,7 +71,9 @@ class Plans:
         self.waiting += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.thread, answer, body, find_file, SECONDS)
+            return await loop.run_in_executor(
+                self.thread, answer, body, find_file, SECONDS, card_of()
+            )
         finally:
             self.waiting -= 1
 
