@@ -62,7 +62,7 @@ def weights_in(file: Tensors, prefix: str = "") -> Weights:
         dtype, shape = file.entry(prefix + key)
         beside = key.endswith(QUANTIZATION_SUFFIXES)
         of_file = prod(shape) * dtype.itemsize
-        size = of_file if beside else held((dtype, shape))
+        size = of_file if beside else bytes_on_card((dtype, shape))
         whole += size
         stored += file.stored(prefix + key) if isinstance(file, GGUFFile) else of_file
         place = from_diffusers_key(key)
@@ -79,7 +79,7 @@ def weights_in(file: Tensors, prefix: str = "") -> Weights:
     return Weights(whole, stored, resting, table, row, largest, packed)
 
 
-def held(entry: Entry) -> int:
+def bytes_on_card(entry: Entry) -> int:
     """Bytes of a tensor on a card: wider numbers than 16 bits are kept in 16 there."""
     dtype, shape = entry
     wide = dtype in (torch.float32, torch.float64)

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .config import MMDiTXConfig
-from .controlnet import ControlNetConfig, ControlNetEmbedder
 from .mmditx import MMDiTX
 
 WIDTHS = {2: torch.bfloat16, 4: torch.float32}
@@ -81,7 +80,7 @@ class NetworkCall:
     """A call of the network.
 
     rows: of the batch; height, width: of the latent, in cells; tokens: of the prompts; number:
-    bytes of one; unpacks: whether weights are packed; controls: layers of each ControlNet.
+    bytes of one; unpacks: whether weights are packed; residuals: how many ControlNets give.
     """
 
     rows: int
@@ -90,7 +89,7 @@ class NetworkCall:
     tokens: int
     number: int = 2
     unpacks: bool = False
-    controls: tuple[int, ...] = ()
+    residuals: int = 0
 
 
 @lru_cache(maxsize=64)
@@ -116,24 +115,15 @@ def peak_of_call(shape: MMDiTXConfig, call: NetworkCall) -> int:
     )
     factory = {"dtype": WIDTHS[call.number], "device": "meta"}
     model = MMDiTX(few, UnpackedOperations if call.unpacks else nn, **factory)
-    controls = [
-        ControlNetEmbedder(
-            ControlNetConfig("8b", layers, few.hidden, few.pooled_dim), nn, **factory
-        )
-        for layers in call.controls
-    ]
-    modules = [model, *controls]
-    weights = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    weights = [*model.parameters(), *model.buffers()]
     with torch.no_grad(), Alive(weights) as alive:
         x = torch.empty(call.rows, few.in_channels, call.height, call.width, **factory)
         context = torch.empty(call.rows, call.tokens, few.context_dim, **factory)
         y = torch.empty(call.rows, few.pooled_dim, **factory)
         times = torch.empty(call.rows, device="meta")
-        residuals: list[list[Tensor]] = []
-        for control in controls:
-            residuals.append(control(model, x, times, y, x[:1], _fused))
-        given = residuals[-1][: few.depth] if residuals else ()
-        model(x, times, context, y, attend=_fused, residuals=given)
+        patches = -(-call.height // few.patch_size) * -(-call.width // few.patch_size)
+        kept = torch.empty(call.residuals, call.rows, patches, few.hidden, **factory)
+        model(x, times, context, y, attend=_fused, residuals=kept[: few.depth])
     return alive.most
 
 

@@ -42,7 +42,7 @@ def about_lora(path: Path) -> int:
     return 2 if not (file.layers or file.text) else int(file.matched != file.layers)
 
 
-def card_of(size: float | None) -> Card | None:
+def card_asked_for(size: float | None) -> Card | None:
     """A card of so many GB. Raises SettingError for none that there is."""
     if size is None:
         return None
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
         if options.models is not None and not options.models.is_dir():
             raise SettingError(f"'{options.models}' is no folder: --models names ComfyUI's models.")
         workflow = read_workflow(data)
-        found = judged(workflow, files_under(options.models), SECONDS, card_of(options.card))
+        found = judged(workflow, files_under(options.models), SECONDS, card_asked_for(options.card))
     except (OSError, SettingError) as error:
         sys.stderr.write(f"{options.file}: {error}\n")
         return 2

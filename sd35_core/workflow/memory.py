@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from ..checkpoint.sizes import MODULATION, Weights
-from ..network.config import VARIANTS, MMDiTXConfig
+from ..network.config import VARIANTS, MMDiTXConfig, Shapes
 from ..network.latent import PIXELS
 from ..network.mmditx import MMDiTX
 from ..network.modulation_cache import MOST_ROWS
@@ -117,17 +117,16 @@ def _sampling(setup: Setup, card: Card) -> Iterator[Phase]:
     texts = 1 + (setup.sampling.cfg != 1.0)
     rows = batch * (texts + any(skip.scale and not skip.stock for skip in setup.skips))
     height, width = (-(-side // PIXELS) for side in size)
-    layers = tuple(control.layers for control in setup.controls)
-    packed, length = weights.packed, tokens(setup)
-    most, least = (
-        peak_of_call(shape, NetworkCall(count, height, width, length, card.number, packed, layers))
-        for count in (rows, batch)
-    )
+    call = NetworkCall(
+        rows, height, width, tokens(setup), card.number, weights.packed,
+        residuals=sum(control.layers for control in setup.controls),
+    )  # fmt: skip
+    most, least = (peak_of_call(shape, replace(call, rows=count)) for count in (rows, batch))
     aside = max(KEPT_FREE, FOR_A_CELL * card.number * batch * height * width + OTHERS)
     loras = sum(lora.file.weights for lora in setup.loras if lora.strength != 0)
     beside = (
         ("ControlNets", sum(control.weights or 0 for control in setup.controls)),
-        ("LoRAs", loras if packed else 0),
+        ("LoRAs", loras if weights.packed else 0),
     )
     whole = Phase(SAMPLING, (("model", weights.whole), *beside), most, least, aside)
     kept = min(MOST_ROWS, texts * (setup.sampling.steps or MOST_ROWS))
@@ -224,11 +223,24 @@ def in_gb(size: float) -> str:
 
 
 @cache
+def warm_up() -> None:
+    """Do what takes a second once: torch's first call on "meta", the published models' sizes."""
+    peak_of_call(VARIANTS["sd3_medium"], NetworkCall(1, 2, 2, 1))
+    for variant in VARIANTS:
+        planned_weights(variant, None)
+
+
+@cache
 def planned_weights(variant: str, plan: Plan | None) -> Weights:
     """A published model's weights on a card by a plan, in 16 bits by none."""
-    network = MMDiTX(replace(VARIANTS[variant], axes=True), device="meta")
-    shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    shapes = _published_shapes(variant)
     adaln = {key: shape for key, shape in shapes.items() if MODULATION in key}
     row = sum(shape[0] for key, shape in adaln.items() if key.endswith(".weight"))
     whole, resting = (planned_bytes(found, plan) for found in (shapes, adaln))
     return Weights(whole, resting=resting, row=row, packed=plan is not None)
+
+
+@cache
+def _published_shapes(variant: str) -> Shapes:
+    network = MMDiTX(replace(VARIANTS[variant], axes=True), device="meta")
+    return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}

@@ -20,7 +20,7 @@ from tools import host as hosts
 
 FEW = {"steps": 12, "seed": 77}
 NOTHING = "Nothing to say: this set-up fits SD3.5."
-MEMORY = r"Memory: about \d+\.\d of \d+\.\d GB, most in .*\."
+MEMORY = r"Memory: about 0\.\d+ of \d+(\.\d)? GB, most in .*\(.*model 0\.\d+, .*\)\."
 
 
 def checked(workflow: dict[str, Any], strict: str = "report", **sampler: Any) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sd35_core.checkpoint.sizes import weights_in
+from sd35_core.checkpoint.gguf_file import GGUFFile
+from sd35_core.checkpoint.sizes import Weights, weights_in
 from sd35_core.checkpoint.tensor_file import StateDict, TensorFile, read_file
 from sd35_core.encoders.autoencoder import TinyAutoencoder
 from sd35_core.network.config import VARIANTS, MMDiTXConfig
@@ -42,6 +43,7 @@ from sd35_core.workflow.setup import Card, Encoders, Latent, Sampling, Setup, Va
 from tools.which_card import README, table
 
 from ..conftest import PACK
+from .models import finish_gguf
 from .set_ups import Change, Graph, both, medium, node, set_to
 
 MEASURE = """
@@ -287,8 +289,8 @@ def test_each_condition_of_the_work_counts() -> None:
     assert peak_of_call(shape, replace(plain, number=4)) == pytest.approx(2 * peak, rel=0.05)
     assert peak_of_call(shape, replace(plain, unpacks=True)) > peak
     tokens = 2 * 1024 * 1536 * 2
-    steered = peak_of_call(shape, replace(plain, controls=(12,))) - peak
-    assert 12 * tokens <= steered <= 14 * tokens
+    steered = peak_of_call(shape, replace(plain, residuals=12)) - peak
+    assert steered == 12 * tokens
 
 
 @pytest.mark.parametrize(
@@ -328,6 +330,21 @@ def test_weights_are_told_by_headers_alone(models: Path) -> None:
         assert found.resting == sum(tensor.nbytes for tensor in adaln.values())
         biases = [t for key, t in adaln.items() if key.endswith(".bias")]
         assert found.row == sum(map(len, biases))
+
+
+def test_a_gguf_file_is_told_by_its_header_alone(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "sd3")
+    wide, half = torch.zeros(8, 64), torch.zeros(8, 64, dtype=torch.float16)
+    finish_gguf(writer, {"a.weight": wide, "b.adaLN_modulation.1.weight": half})
+    file = GGUFFile(path)
+    assert file.entry("a.weight") == (torch.float32, (8, 64))
+    assert [file.entry(key)[0] for key in file] == [file[key].dtype for key in file]
+    assert weights_in(file) == Weights(
+        whole=2 * 2 * 512, stored=6 * 512, resting=2 * 512, row=8, largest=512
+    )
+    assert weights_in(file).unpacked_at_use().whole == 6 * 512
 
 
 def test_the_readme_has_the_table_as_it_is_computed() -> None:
