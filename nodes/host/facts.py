@@ -138,7 +138,7 @@ def observed(
         loras=loras_on(setup, facts),
         vae_channels=setup.vae_channels if vae is None else channels_of(vae),
         idle=setup.idle or idle_hooks(options.get("transformer_options", {}), facts.own),
-        card=card_of(model.model.get_dtype_inference().itemsize),
+        card=card_of(4 if model.model.get_dtype_inference().itemsize >= 4 else 2),
     )
 
 

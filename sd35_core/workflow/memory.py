@@ -129,7 +129,7 @@ def _sampling(setup: Setup, card: Card) -> Iterator[Phase]:
         ("LoRAs", loras if weights.packed else 0),
     )
     whole = Phase(SAMPLING, (("model", weights.whole), *beside), most, least, aside)
-    kept = min(MOST_ROWS, texts * (setup.sampling.steps or MOST_ROWS))
+    kept = max(1, min(MOST_ROWS, texts * (setup.sampling.steps or MOST_ROWS)))
     resting = (
         ("model", weights.whole - weights.resting),
         ("modulations", kept * card.number * (weights.row + shape.hidden)),

@@ -55,8 +55,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Card:
-    """What there is to sample on: bytes of its memory, those of a number there, and whether all
-    models stay in it, as on a processor."""
+    """What there is to sample on: bytes of its memory, those of a number there (2 or 4), and
+    whether all models stay in it, as on a processor."""
 
     memory: int
     number: int = 2

@@ -304,6 +304,15 @@ def test_impossible_sizes_are_not_reckoned_with(latent: Latent | None) -> None:
     assert "the size of the latent" in unknown_parts(setup)
 
 
+def test_the_smallest_and_the_largest_sizes_are_reckoned_with() -> None:
+    for side in (8, 24, 2**16):
+        setup = replace(large(), latent=Latent(side, side, 1), encoders=None, vae=None)
+        (phase,) = phases(setup, Card(8 * 10**9))
+        assert phase.work > 0
+    strange = replace(large(cache="on"), sampling=Sampling(steps=-5, cfg=1.0), vae=None)
+    assert all(size >= 0 for _, size in phases(strange, Card(10**9))[-1].weights)
+
+
 def test_the_command_draws_a_table_and_names_what_is_not_there(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
