@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..sd35_core.errors import SettingError
-from ..sd35_core.workflow.check import findings, report
+from ..sd35_core.workflow.check import about_files_and_memory, findings, report
 from ..sd35_core.workflow.own_nodes import CHECK_OUTPUTS, NAMES
 from .host import facts
 from .host.files import hashed
@@ -67,8 +67,10 @@ class SD35Check(io.ComfyNode):
         cls, model: Any, positive: Any, negative: Any, latent: Any, strict: str, vae: Any = None
     ) -> io.NodeOutput:
         node_id, prompt = cls.hidden.unique_id, cls.hidden.prompt or {}
-        found = facts.findings_at(prompt, node_id, model, positive, negative, latent, vae)
-        text = report(found, facts.loras_before(prompt, node_id, model))
+        seen = facts.setups_at(prompt, node_id, model, positive, negative, latent, vae)
+        found = list(dict.fromkeys(finding for setup in seen for finding in findings(setup)))
+        beside = [line for setup in seen for line in about_files_and_memory(setup)]
+        text = report(found, list(dict.fromkeys(beside)))
         shown = told(text, node_id)
         if any(finding.severity in STOPS[strict] for finding in found):
             raise SettingError("Stopped before sampling, as 'strict' says.", *map(str, found))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from math import isqrt
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +41,14 @@ def networks() -> dict[str, Any]:
 
 
 def counted(network: Any, plan: Any) -> int:
-    """Bytes of the weights, from shapes alone."""
-    from sd35_core.packing.formats import packed_bytes
+    """Bytes of the weights, from shapes alone; files of few bits have the position table's axes."""
+    from sd35_core.network.mmditx import MMDiTX
+    from sd35_core.quantization.plan import planned_bytes
 
-    total = 0
-    for key, tensor in network.state_dict().items():
-        form, shape = plan.format_of(key, tuple(tensor.shape)), tuple(tensor.shape)
-        if key == "pos_embed" and plan.bits < 8:
-            total += 2 * 2 * isqrt(shape[1]) * shape[2] // 2
-        elif form is None:
-            total += 2 * tensor.numel()
-        else:
-            total += packed_bytes(form, shape)
-    return total
+    if isinstance(network, MMDiTX) and plan.bits < 8:
+        network = MMDiTX(replace(network.config, axes=True), device="meta")
+    shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    return planned_bytes(shapes, plan)
 
 
 def write(network: Any, path: Path) -> None:

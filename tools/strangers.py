@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sd35_core.errors import SettingError
 from sd35_core.workflow.check import LARGEST_FILE, SECONDS, check, files_under
 from sd35_core.workflow.finding import Finding
-from sd35_core.workflow.reader import FindFile
+from sd35_core.workflow.holdings import FindFile
 from sd35_core.workflow.workflow_file import read_workflow
 
 KINDS = (".json", ".png", ".webp")

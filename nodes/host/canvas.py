@@ -11,8 +11,9 @@ from server import PromptServer
 from ...sd35_core.errors import SettingError, is_out_of_memory
 from ...sd35_core.sampling.recipes import RECIPES
 from ...sd35_core.workflow.graph import TooLargeError
+from ...sd35_core.workflow.memory import warm_up
 from ...sd35_core.workflow.panels import answer, recipe_values
-from .facts import find_file
+from .facts import card_of, find_file
 
 ROUTE = "/sd35"
 LARGEST_BODY = 2_000_000
@@ -71,9 +72,15 @@ class Plans:
         self.waiting += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.thread, answer, body, find_file, SECONDS)
+            return await loop.run_in_executor(self.thread, answer_here, body)
         finally:
             self.waiting -= 1
+
+
+def answer_here(body: bytes) -> str:
+    """The answer to a workflow on this machine; what has to be done once is not in its time."""
+    warm_up()
+    return answer(body, find_file, SECONDS, card_of())
 
 
 async def body_of(request: web.Request) -> bytes:

@@ -8,23 +8,23 @@ from typing import Any
 
 import comfy.controlnet
 import comfy.ldm.modules.diffusionmodules.mmdit
+import comfy.model_management
 import comfy.model_sampling
 import torch
 from comfy.text_encoders.sd3_clip import T5XXLTokenizer
 from server import PromptServer
 from torch import Tensor
 
+from ...sd35_core.checkpoint.sizes import MODULATION, Weights
 from ...sd35_core.errors import CheckpointError
 from ...sd35_core.network.latent import PIXELS
 from ...sd35_core.sampling.recipes import layers_text
-from ...sd35_core.workflow.check import findings
-from ...sd35_core.workflow.finding import Finding
 from ...sd35_core.workflow.graph import Budget, TooLargeError
 from ...sd35_core.workflow.headers import model_of
 from ...sd35_core.workflow.links import leading_to
-from ...sd35_core.workflow.lora_files import lora_in, lora_words
+from ...sd35_core.workflow.lora_files import lora_in
 from ...sd35_core.workflow.reader import setups
-from ...sd35_core.workflow.setup import Control, Latent, Lora, Model, Prompt, Setup, Skip
+from ...sd35_core.workflow.setup import Card, Control, Latent, Lora, Model, Prompt, Setup, Skip
 from ...sd35_core.workflow.workflow_file import api_graph
 from . import files
 from .control_base import StockMMDiT
@@ -82,7 +82,7 @@ def setups_after(prompt: dict[str, Any], node_id: str | None) -> list[Setup]:
         return []
 
 
-def findings_at(
+def setups_at(
     prompt: dict[str, Any],
     node_id: str | None,
     model: Any,
@@ -90,22 +90,20 @@ def findings_at(
     negative: Any,
     latent: dict[str, Any],
     vae: Any = None,
-) -> list[Finding]:
-    """Everything there is to say about the samplers that a node leads to and what it got."""
-    found: dict[Finding, None] = {}
-    for setup in setups_after(prompt, node_id) or [Setup()]:
-        seen = observed(setup, model, positive, negative, latent, vae)
-        found.update(dict.fromkeys(findings(seen)))
-    return list(found)
+) -> list[Setup]:
+    """Set-ups of the samplers that a node leads to, with what it got."""
+    return [
+        observed(setup, model, positive, negative, latent, vae)
+        for setup in setups_after(prompt, node_id) or [Setup()]
+    ]
 
 
-def loras_before(prompt: dict[str, Any], node_id: str | None, model: Any) -> list[str]:
-    """What the LoRAs are that the workflow puts on the model of the samplers after a node."""
-    facts = model_facts(model)
-    setups = setups_after(prompt, node_id)
-    return list(
-        dict.fromkeys(lora_words(lora) for setup in setups for lora in loras_on(setup, facts))
-    )
+def card_of(number: int = 2) -> Card:
+    """What the host samples on; `number`: bytes of a number that it computes with."""
+    management = comfy.model_management
+    device = management.get_torch_device()
+    shared = management.is_device_cpu(device) or management.is_device_mps(device)
+    return Card(int(management.get_total_memory(device)), number, shared)
 
 
 def loras_on(setup: Setup, model: Model) -> tuple[Lora, ...]:
@@ -140,6 +138,7 @@ def observed(
         loras=loras_on(setup, facts),
         vae_channels=setup.vae_channels if vae is None else channels_of(vae),
         idle=setup.idle or idle_hooks(options.get("transformer_options", {}), facts.own),
+        card=card_of(4 if model.model.get_dtype_inference().itemsize >= 4 else 2),
     )
 
 
@@ -155,7 +154,9 @@ def model_facts(model: Any) -> Model:
         _, made_from = model.cached_patcher_init or (None, ("",))
         packed = model.model.model_config.quant_config is not None
         facts = model_of(network.config, Path(made_from[0]).name, packed)
-        return replace(facts, flow=flow)
+        cache = model.model.modulation_mode
+        held = weights_of(network, packed)
+        return replace(facts, flow=flow, weights=held, modulation_cache=cache)
     if isinstance(network, StockMMDiT):
         hidden, pooled = network.y_embedder.mlp[0].weight.shape
         names = {(24, True): "sd3.5_medium", (38, False): "sd3.5_large", (24, False): "sd3_medium"}
@@ -171,8 +172,22 @@ def model_facts(model: Any) -> Model:
             positions=network.pos_embed_max_size,
             flow=flow,
             own=False,
+            dual=hasattr(network.joint_blocks[0].x_block, "attn2"),
+            weights=weights_of(network, model.model.model_config.quant_config is not None),
         )
     return Model(kind=type(model.model).__name__, flow=True, own=False)
+
+
+def weights_of(network: Any, packed: bool) -> Weights:
+    """What a network's tensors take, as the host counts them."""
+    tensors = network.state_dict()
+    adaln = {key: tensor for key, tensor in tensors.items() if MODULATION in key}
+    return Weights(
+        whole=sum(tensor.nbytes for tensor in tensors.values()),
+        resting=sum(tensor.nbytes for tensor in adaln.values()),
+        row=sum(len(tensor) for key, tensor in adaln.items() if key.endswith(".weight")),
+        packed=packed,
+    )
 
 
 def prompt_facts(conditioning: Any, known: Prompt | None) -> Prompt | None:
@@ -216,17 +231,20 @@ def controls_on(conditioning: Any) -> list[Any]:
 
 def control_fact(control: Any) -> Control:
     """Of one CONTROL_NET with its picture."""
-    hidden, control_type, foreign = None, None, None
+    hidden, control_type, foreign, layers = None, None, None, 0
     if isinstance(control, SD35ControlNet):
         hidden, control_type = control.config.hidden, control.config.control_type
+        layers = control.config.layers
     elif isinstance(control, comfy.controlnet.ControlNetSD35):
         hidden = control.control_model.hidden_size
+        layers = len(control.control_model.transformer_blocks)
     elif type(control) is not comfy.controlnet.ControlNet or not control.latent_format:
         foreign = f"a {type(control).__name__} of another model"
     elif not isinstance(control.latent_format, comfy.latent_formats.SD3):
         foreign = f"made for {type(control.latent_format).__name__}"
     start, end = control.timestep_percent_range
     picture = control.cond_hint_original
+    loaded = getattr(control, "control_model_wrapped", None)
     return Control(
         hidden=hidden,
         control_type=control_type,
@@ -235,6 +253,8 @@ def control_fact(control: Any) -> Control:
         end=end,
         vae=control.vae is not None,
         foreign=foreign,
+        weights=loaded.model_size() if loaded and layers else None,
+        layers=layers,
         hints=None if picture is None else len(picture),
         blank=picture is not None and float(picture.max() - picture.min()) < 1e-3,
         hint_size=None if picture is None else (picture.shape[-1], picture.shape[-2]),

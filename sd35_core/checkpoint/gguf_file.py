@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, is_out_of_memory
 from ..limits import GGUF_VALUES, bounded
-from .tensor_file import Tensors, unreadable
+from .tensor_file import Entry, Tensors, unreadable
 
 ARCHITECTURE = "sd3"
 EXTENSION = ".gguf"
@@ -101,6 +101,15 @@ class GGUFFile(Tensors):
                 f"sides of its {tensor.n_elements:,} values. Choose another file of this model."
             )
         return tuple(sides)
+
+    def entry(self, key: str) -> Entry:
+        """Type and shape once it is decoded."""
+        wide = self.tensors[key].tensor_type.name == "F32"
+        return torch.float32 if wide else torch.float16, self.shape(key)
+
+    def stored(self, key: str) -> int:
+        """Bytes of a tensor in the file."""
+        return int(self.tensors[key].n_bytes)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

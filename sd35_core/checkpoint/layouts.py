@@ -125,12 +125,22 @@ def diffusion_model(state_dict: Mapping[str, Tensor], source: str = "this file")
 
     Raises CheckpointError, saying what the file seems to be, when there is none.
     """
+    prefix = model_prefix(state_dict)
+    if prefix is None:
+        what = _looks_like(state_dict)
+        raise CheckpointError(f"{source} is not an SD3.5 diffusion model: {what}")
+    found = under(state_dict, prefix)
+    return found if prefix + MARK in state_dict else from_diffusers(found, source)
+
+
+def model_prefix(keys: Mapping[str, Tensor]) -> str | None:
+    """What the keys of the diffusion model in a file begin with; None where there is none."""
     for prefix in PREFIXES:
-        if prefix + MARK in state_dict:
-            return under(state_dict, prefix)
-        if prefix + DIFFUSERS_MARK in state_dict and not is_controlnet(state_dict, prefix):
-            return from_diffusers(under(state_dict, prefix), source)
-    raise CheckpointError(f"{source} is not an SD3.5 diffusion model: {_looks_like(state_dict)}")
+        if prefix + MARK in keys:
+            return prefix
+        if prefix + DIFFUSERS_MARK in keys and not is_controlnet(keys, prefix):
+            return prefix
+    return None
 
 
 def is_controlnet(state_dict: Mapping[str, Tensor], prefix: str = "") -> bool:

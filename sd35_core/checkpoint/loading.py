@@ -17,14 +17,12 @@ from ..packing.formats import is_packed, packed_layers
 from ..packing.layers import PackedOperations
 from .gguf_file import EXTENSION, GGUFFile
 from .layouts import (
-    DIFFUSERS_MARK,
     MARK,
-    PREFIXES,
     diffusion_model,
     dtype_name,
     from_diffusers_key,
-    is_controlnet,
     keys_under,
+    model_prefix,
 )
 from .tensor_file import StateDict, TensorFile, Tensors
 
@@ -52,13 +50,12 @@ def shapes_of(state_dict: Mapping[str, Tensor]) -> Shapes:
 
 def described_config(file: Tensors) -> MMDiTXConfig | None:
     """The shape of the SD3 model in a file, in Stability's or diffusers' layout."""
-    for prefix in PREFIXES:
-        shapes = {key: file.shape(prefix + key) for key in keys_under(file, prefix)}
-        if MARK in shapes:
-            return config_from_shapes(shapes, file.path.name)
-        if DIFFUSERS_MARK in shapes and not is_controlnet(file, prefix):
-            return config_from_shapes(_stability_shapes(shapes), file.path.name)
-    return None
+    prefix = model_prefix(file)
+    if prefix is None:
+        return None
+    shapes = {key: file.shape(prefix + key) for key in keys_under(file, prefix)}
+    found = shapes if MARK in shapes else _stability_shapes(shapes)
+    return config_from_shapes(found, file.path.name)
 
 
 def _stability_shapes(shapes: Shapes) -> Shapes:

@@ -7,13 +7,14 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.tensor_file import metadata_of
 from ..errors import SettingError
-from ..network.config import Shape
-from ..packing.formats import FORMATS, FP8, INT8, RAW_FP8, VQ2, VQ3, VQ4
+from ..network.config import Shape, Shapes
+from ..packing.formats import FORMATS, FP8, INT8, RAW_FP8, VQ2, VQ3, VQ4, packed_bytes
 from ..packing.kitchen import CONVROT_INT8, CONVROT_W4A4, MXFP8, NVFP4
 
 PRECISE = {
@@ -105,6 +106,16 @@ class Plan:
     def about(self) -> dict[str, Any]:
         """For the file's metadata."""
         return asdict(self)
+
+
+def planned_bytes(shapes: Shapes, plan: Plan | None) -> int:
+    """What tensors of these shapes (Stability's keys) take by a plan, what it leaves and all of
+    none in 16 bits."""
+    total = 0
+    for name, shape in shapes.items():
+        form = plan.format_of(name, shape) if plan else None
+        total += packed_bytes(form, shape) if form else 2 * prod(shape)
+    return total
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..checkpoint.layouts import DIFFUSERS_MARK, MARK, PREFIXES, keys_under
+from ..checkpoint.layouts import keys_under, model_prefix
 from ..checkpoint.loading import QUANTIZATION_SUFFIXES, described_config
 from ..checkpoint.tensor_file import TensorFile
 from ..errors import CheckpointError, SettingError
@@ -158,7 +158,7 @@ def _weights(file: TensorFile, bf16: bool) -> tuple[int, int, bool]:
     """Bytes of the diffusion model in its file and while it is trained on; whether it is packed."""
     stored = held = 0
     packed = False
-    prefix = next(p for p in PREFIXES if p + MARK in file or p + DIFFUSERS_MARK in file)
+    prefix = model_prefix(file) or ""
     keys = keys_under(file, prefix)
     marked = packed_layers(keys)
     for key in keys:

@@ -1,9 +1,10 @@
 """What a ComfyUI workflow sets up, read from its JSON and the headers of its files.
 
-    python -m sd35_core.workflow FILE.json [--models COMFYUI/models] [--strict]
+    python -m sd35_core.workflow FILE.json [--models COMFYUI/models] [--card 8] [--strict]
 
 prints what SD35Check would say, without running anything. Both formats are read: what the canvas
-saves and what it exports for the API. Of a LoRA's file (.safetensors) it says for which model it
+saves and what it exports for the API. With --card it says what each phase takes of a card of so
+many GB. Of a LoRA's file (.safetensors) it says for which model it
 is, whose names it has, its rank, and what of it ComfyUI leaves out.
 """
 
@@ -19,11 +20,14 @@ from ..words import printable
 from .check import LARGEST_FILE, SECONDS, files_under, judged, report
 from .graph import TooLargeError
 from .lora_files import lora_in, lora_words
+from .memory import GB
 from .reader import MOST
-from .setup import Lora
+from .setup import Card, Lora
 from .workflow_file import is_node, read_workflow
 
 LORA_FILES = (".safetensors", ".sft")
+LEAST_CARD, MOST_CARD = 0.1, 10_000
+"""GB."""
 
 
 def about_lora(path: Path) -> int:
@@ -38,6 +42,17 @@ def about_lora(path: Path) -> int:
     return 2 if not (file.layers or file.text) else int(file.matched != file.layers)
 
 
+def card_asked_for(size: float | None) -> Card | None:
+    """A card of so many GB. Raises SettingError for none that there is."""
+    if size is None:
+        return None
+    if not LEAST_CARD <= size <= MOST_CARD:
+        raise SettingError(
+            f"--card is {size:g}; it is the card's memory in GB, {LEAST_CARD:g} to {MOST_CARD:g}."
+        )
+    return Card(int(size * GB))
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sd35_core.workflow",
@@ -45,6 +60,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("file", type=Path, help="as the canvas saves it, or exported for the API")
     parser.add_argument("--models", type=Path, help="ComfyUI's models folder")
+    parser.add_argument("--card", type=float, help="say what it takes of a card of so many GB")
     parser.add_argument("--strict", action="store_true", help="warnings fail too")
     options = parser.parse_args(arguments)
     if options.file.suffix.lower() in LORA_FILES:
@@ -57,7 +73,7 @@ def main(arguments: list[str]) -> int:
         if options.models is not None and not options.models.is_dir():
             raise SettingError(f"'{options.models}' is no folder: --models names ComfyUI's models.")
         workflow = read_workflow(data)
-        found = judged(workflow, files_under(options.models), SECONDS)
+        found = judged(workflow, files_under(options.models), SECONDS, card_asked_for(options.card))
     except (OSError, SettingError) as error:
         sys.stderr.write(f"{options.file}: {error}\n")
         return 2

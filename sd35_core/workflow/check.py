@@ -10,14 +10,17 @@ from typing import Any
 
 from .finding import Finding, Rule
 from .graph import Budget
+from .holdings import FindFile
 from .lora_files import lora_words
-from .reader import FindFile, setups
+from .memory import memory_line, memory_table
+from .reader import setups
 from .rules.controls import about_controls
 from .rules.inputs import about_encoders, about_latent, about_prompts
+from .rules.memory import about_memory
 from .rules.model import about_loras, about_model, about_other_nodes, about_vae
 from .rules.sampling import about_denoise, about_sampling, about_skipped_layers
 from .rules.upscaling import about_upscaling
-from .setup import SD3, Setup
+from .setup import SD3, Card, Setup
 from .workflow_file import api_graph
 
 SECONDS, LARGEST_FILE = 60.0, 2**26
@@ -49,19 +52,25 @@ def check(
 
 
 def judged(
-    workflow: dict[str, Any], find_file: FindFile, seconds: float = math.inf
+    workflow: dict[str, Any],
+    find_file: FindFile,
+    seconds: float = math.inf,
+    card: Card | None = None,
 ) -> dict[str, tuple[list[Finding], list[str]]]:
-    """Sampler's node id -> what there is to say, and what its LoRAs are. Raises SettingError for no
-    workflow, and for one that takes more than so many seconds.
+    """Sampler's node id -> what there is to say, what its LoRAs are and, of a card, what it takes
+    there. Raises SettingError for no workflow, and for one that takes more than so many seconds.
 
     Where one sampler draws with SD3, those that draw with other models are left alone.
     """
     budget = Budget(seconds)
     graph = api_graph(workflow, budget)
-    found = setups(graph, find_file, budget)
+    found = setups(graph, find_file, budget, card)
     ours = any(setup.model is not None and setup.model.kind == SD3 for setup in found.values())
     return {
-        key: (_checked(setup, ours), [lora_words(lora) for lora in setup.loras])
+        key: (
+            _checked(setup, ours),
+            [*map(lora_words, setup.loras), *(memory_table(setup) if setup.is_sd3 else ())],
+        )
         for key, setup in found.items()
     }
 
@@ -87,10 +96,15 @@ def findings(setup: Setup) -> list[Finding]:
     return sorted(dict.fromkeys(found), key=lambda finding: order.index(finding.severity))
 
 
-def report(found: list[Finding], loras: Sequence[str] = ()) -> str:
-    """One line each, or that there is nothing to say; then what the LoRAs are."""
+def about_files_and_memory(setup: Setup) -> list[str]:
+    """What the LoRAs are, and in one line what it takes of the memory that there is."""
+    return [*map(lora_words, setup.loras), *memory_line(setup)]
+
+
+def report(found: list[Finding], beside: Sequence[str] = ()) -> str:
+    """One line each, or that there is nothing to say; then what the LoRAs are, and the memory."""
     said = [str(finding) for finding in found] or ["Nothing to say: this set-up fits SD3.5."]
-    return "\n".join([*said, *loras])
+    return "\n".join([*said, *beside])
 
 
 _RULES: tuple[Rule, ...] = (
@@ -106,4 +120,5 @@ _RULES: tuple[Rule, ...] = (
     about_vae,
     about_loras,
     about_other_nodes,
+    about_memory,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,13 +12,16 @@ from typing import Any, TypeVar
 from ..checkpoint.layouts import (
     CONTROLNET_MARKS,
     is_controlnet,
+    model_prefix,
 )
 from ..checkpoint.loading import QUANTIZATION_SUFFIXES, described_config, open_tensors
+from ..checkpoint.sizes import Weights, weights_in
 from ..checkpoint.tensor_file import TensorFile
 from ..errors import CheckpointError
+from ..limits import CONTROLNET_LAYERS, counted
 from ..network.config import VARIANTS, MMDiTXConfig
 from ..sampling.recipes import recipe_of
-from .setup import Control, Model
+from .setup import Control, Model, Vae
 
 Facts = TypeVar("Facts")
 
@@ -71,7 +75,11 @@ def model_in(path: Path) -> Model | None:
         kind = "ControlNet" if is_controlnet(file) else "file of another model"
         return Model(kind=f"{kind} ('{path.name}')")
     packed = any(key.endswith(QUANTIZATION_SUFFIXES) for key in file)
-    return model_of(config, path.name, packed)
+    try:
+        weights = weights_in(file, model_prefix(file) or "")
+    except CheckpointError:  # a type of numbers that is not known
+        weights = None
+    return replace(model_of(config, path.name, packed), weights=weights)
 
 
 def model_of(config: MMDiTXConfig, name: str, packed: bool) -> Model:
@@ -86,6 +94,7 @@ def model_of(config: MMDiTXConfig, name: str, packed: bool) -> Model:
         pooled_dim=config.pooled_dim,
         positions=config.pos_embed_max_size,
         packed=packed,
+        dual=bool(config.dual_blocks),
     )
 
 
@@ -115,7 +124,37 @@ def control_in(path: Path) -> Control:
         return Control(foreign="of another model")
     width = next(iter(file.shape("pos_embed_input.proj.weight")), None)
     found = re.search(r"blur|canny|depth", path.name.lower())
-    return Control(hidden=width, control_type=found[0] if found else None)
+    known = Control(hidden=width, control_type=found[0] if found else None)
+    try:
+        layers = counted(file, "controlnet_blocks", CONTROLNET_LAYERS, "")
+        return replace(known, weights=weights_in(file).whole, layers=layers)
+    except CheckpointError:
+        return known
+
+
+@kept
+def weights_under(path: Path, prefix: str = "") -> Weights | None:
+    """Of a file's tensors under a prefix; None for a damaged file, and where there are none."""
+    try:
+        found = weights_in(open_tensors(path), prefix)
+    except CheckpointError:
+        return None
+    return found if found.whole else None
+
+
+@kept
+def vae_in(path: Path, prefix: str = "") -> Vae | None:
+    """Facts of a VAE's file, or of a checkpoint's part, in any of the three layouts."""
+    try:
+        file = open_tensors(path)
+        found = weights_in(file, prefix)
+    except CheckpointError:
+        return None
+    marks = ("decoder.up.0.block.0.conv1.weight", "decoder.up_blocks.3.resnets.0.conv1.weight",
+             "taesd_decoder.1.weight")  # fmt: skip
+    shapes = {mark: file.shape(prefix + mark) for mark in marks if prefix + mark in file}
+    wide = next((s[0 if "taesd" in m else 1] for m, s in shapes.items() if len(s) == 4), None)
+    return Vae(found.whole, wide) if found.whole else None
 
 
 @kept

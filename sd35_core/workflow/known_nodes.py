@@ -81,11 +81,12 @@ OTHER_PREDICTIONS = {
 }
 """AuraFlow's shifts as SD3's does, but gives the network times in 0..1, not in 0..1000."""
 SHIFTS = {"ModelSamplingSD3"}
+CHECKPOINT_LOADER, GGUF_LOADER = "CheckpointLoaderSimple", "UnetLoaderGGUF"
 LOADERS = {
     LOADER: ("model", ("checkpoints", "diffusion_models")),
-    "CheckpointLoaderSimple": ("ckpt_name", ("checkpoints",)),
+    CHECKPOINT_LOADER: ("ckpt_name", ("checkpoints",)),
     "UNETLoader": ("unet_name", ("diffusion_models",)),
-    "UnetLoaderGGUF": ("unet_name", ("diffusion_models",)),
+    GGUF_LOADER: ("unet_name", ("diffusion_models",)),
 }
 """Class -> the widget that names the model, and where the file is."""
 SAMPLER_NODES = {

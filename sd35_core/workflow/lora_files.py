@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoint.layouts import JOINED_IN_BLOCK, RENAMED, RENAMED_IN_BLOCK
+from ..checkpoint.sizes import Weights
 from ..checkpoint.tensor_file import TensorFile
 from ..errors import CheckpointError
 from ..limits import DIGITS
 from ..network.config import VARIANTS, Shape
 from ..words import printable
-from .headers import kept
+from .headers import kept, weights_under
 from .setup import Lora, LoraFile, Model
 
 MOST_MISFITS = 3
@@ -150,6 +151,7 @@ def lora_in(path: Path, model: Model | None = None) -> LoraFile:
             (reason, count, printable(first[reason], LONGEST_NAME))
             for reason, count in counts.most_common(MOST_MISFITS)
         ),
+        weights=(weights_under(path) or Weights()).whole,
     )
 
 

@@ -17,10 +17,11 @@ from ..sampling.recipes import LAYER_PRESETS, RECIPES, Recipe, layers_text
 from .check import findings
 from .finding import Finding
 from .graph import Budget, TooLargeError
+from .holdings import FindFile
 from .links import leading_to
 from .own_nodes import ALIAS, CHECK, LOADER, SAMPLER, SKIP, UPSCALE
-from .reader import FindFile, Reader
-from .setup import Setup
+from .reader import Reader
+from .setup import Card, Setup
 from .workflow_file import api_graph, parsed
 
 LARGEST_ANSWER = 4_000_000
@@ -49,14 +50,16 @@ def skip_values(skip: SkipLayers) -> dict[str, Any]:
     return {"layers": layers_text(skip.layers), **window}
 
 
-def answer(body: bytes, find_file: FindFile, seconds: float = math.inf) -> str:
+def answer(
+    body: bytes, find_file: FindFile, seconds: float = math.inf, card: Card | None = None
+) -> str:
     """A workflow in JSON -> JSON: node id -> what to draw on it.
 
     Raises SettingError for no workflow, and for one that takes more than so many seconds.
     """
     budget = Budget(seconds)
     graph = api_graph(parsed(body), budget)
-    reader = Reader(graph, find_file, budget)
+    reader = Reader(graph, find_file, budget, card)
     found, length = [], 0
     for key, node in graph.items():
         budget.spend()

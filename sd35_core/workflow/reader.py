@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import cache, cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from ..sampling.schedules import DEFAULT_SHIFT
 from .graph import Budget, Graph, Link, TooLargeError
-from .headers import control_in, model_in, model_named, vae_channels
+from .headers import control_in, model_in, model_named
+from .holdings import FindFile, Holdings
 from .known_nodes import (
     CACHES,
+    CHECKPOINT_LOADER,
     FAILING,
     IDLE,
     IDLE_ON_PROMPTS,
     IDLE_ON_STOCK,
     LOADERS,
-    NO_FILE,
     OTHER_PREDICTIONS,
     SAMPLER_NODES,
     SHIFTS,
@@ -29,10 +28,10 @@ from .known_nodes import (
     TEXT_LOADERS,
     is_theirs,
 )
-from .latents import Latents
 from .lora_files import lora_in
 from .own_nodes import LOADER, NAMES, NEED_OUR_MODEL, SAMPLER, SKIP, SWEEP, UPSCALE
 from .setup import (
+    Card,
     Control,
     Encoders,
     Lora,
@@ -44,27 +43,32 @@ from .setup import (
     Skip,
 )
 
-FindFile = Callable[[str, str], "Path | None"]
-"""(folder, name) -> the file that a widget names."""
-
 MOST = 100
 """Nodes of one kind before a sampler."""
 
 
-def setups(graph: Graph, find_file: FindFile, budget: Budget | None = None) -> dict[str, Setup]:
+def setups(
+    graph: Graph, find_file: FindFile, budget: Budget | None = None, card: Card | None = None
+) -> dict[str, Setup]:
     """Sampler's node id -> what leads into it."""
-    reader = Reader(graph, find_file, budget)
+    reader = Reader(graph, find_file, budget, card)
     return {
         key: reader.setup(key) for key, node in graph.items() if node["class_type"] in SAMPLER_NODES
     }
 
 
-class Reader(Latents):
-    """Reads what leads into a sampler; `find_file` finds the files that widgets name."""
+class Reader(Holdings):
+    """Reads what leads into a sampler; `card` is what there is to sample on, where it is known."""
 
-    def __init__(self, graph: Graph, find_file: FindFile, budget: Budget | None = None):
-        super().__init__(graph, budget)
-        self.find_file = cache(find_file)
+    def __init__(
+        self,
+        graph: Graph,
+        find_file: FindFile,
+        budget: Budget | None = None,
+        card: Card | None = None,
+    ):
+        super().__init__(graph, find_file, budget)
+        self.card = card
 
     def setup(self, sampler: str) -> Setup:
         """What leads into one sampler."""
@@ -101,6 +105,8 @@ class Reader(Latents):
             loras=few("LoRAs", self.loras(chain, model)),
             vae_channels=self.vae(sampler),
             vae_name=self.vae_name(sampler),
+            vae=self.vae_held(sampler),
+            card=self.card,
             encoders=self.encoders(way),
             idle=(
                 *(idle[kind] for kind in kinds if kind in idle),
@@ -113,11 +119,6 @@ class Reader(Latents):
                 NAMES[kind] for kind in [self.kind(sampler), *kinds] if kind in NEED_OUR_MODEL
             ),
         )
-
-    def file(self, folders: tuple[str, ...], name: Any) -> Path | None:
-        if not isinstance(name, str) or name in NO_FILE:
-            return None
-        return next((path for folder in folders if (path := self.find_file(folder, name))), None)
 
     def model(self, chain: list[str]) -> Model | None:
         """Facts of the file at the chain's end; of its name alone where it is not there."""
@@ -135,7 +136,12 @@ class Reader(Latents):
         if facts is None:
             return None
         own = loader == LOADER and not theirs
-        return replace(facts, flow=flow, own=own, of_res4lyf=theirs)
+        facts = replace(facts, flow=flow, own=own, of_res4lyf=theirs)
+        return replace(
+            facts,
+            weights=self.as_loaded(chain[-1], facts),
+            modulation_cache=(self.text(chain[-1], "modulation_cache") or "auto") if own else "off",
+        )
 
     def sampling(self, sampler: str, source: str, chain: list[str]) -> Sampling:
         """The widgets of whichever nodes make the steps."""
@@ -212,12 +218,15 @@ class Reader(Latents):
 
     def encoders(self, way: list[str]) -> Encoders | None:
         """The text encoders of the prompt at the way's end."""
+        known = (*TEXT_LOADERS, CHECKPOINT_LOADER)
         loader = next(
-            (key for key in self.chain(way[-1], "clip") if self.kind(key) in TEXT_LOADERS), None
+            (key for key in self.chain(way[-1], "clip") if self.kind(key) in known), None
         ) if way else None  # fmt: skip
         if loader is None:
             return None
         kind = self.kind(loader)
+        if kind == CHECKPOINT_LOADER:
+            return self.weighed(Encoders(), loader)
         names = [self.value(loader, widget) for widget in TEXT_LOADERS[kind]]
         files = [name for name in names if isinstance(name, str) and name != "none"]
         made_for = self.value(loader, "type")
@@ -225,8 +234,8 @@ class Reader(Latents):
             made_for = "sd3"
         t5 = sum("t5" in name.lower() for name in files)
         if "from model file" in files or any(not isinstance(name, str) for name in names):
-            return Encoders(made_for)
-        return Encoders(made_for, t5=bool(t5), others=len(files) > t5)
+            return self.weighed(Encoders(made_for), loader)
+        return self.weighed(Encoders(made_for, t5=bool(t5), others=len(files) > t5), loader)
 
     def control(self, key: str) -> Control:
         """A node that applies a ControlNet."""
@@ -253,42 +262,6 @@ class Reader(Latents):
             path = self.file(("loras",), name)
             strength = self.number(key, "strength_model")
             yield Lora(name, strength, lora_in(path, model) if path else LoraFile())
-
-    def vae(self, sampler: str) -> int | None:
-        """The channels of the VAE that decodes what a sampler gives."""
-        if "vae" in self.graph[sampler]["inputs"]:
-            return self.vae_of(sampler)
-        decoder = self._decoders.get(sampler)
-        return None if decoder is None else self.vae_of(decoder)
-
-    def vae_name(self, sampler: str) -> str | None:
-        """The file of the VAE that decodes what a sampler gives."""
-        key = sampler if "vae" in self.graph[sampler]["inputs"] else self._decoders.get(sampler)
-        link = self.link(key, "vae") if key else None
-        name = self.value(link[0], "vae", "vae_name") if link else None
-        return name if isinstance(name, str) and name not in NO_FILE else None
-
-    @cached_property
-    def _decoders(self) -> dict[str, str]:
-        """Sampler -> the first node that decodes what it gives."""
-        found: dict[str, str] = {}
-        for key, node in self.graph.items():
-            if node["class_type"].startswith("VAEDecode"):
-                samples = self.link(key, "samples")
-                if samples:
-                    found.setdefault(samples[0], key)
-        return found
-
-    def vae_of(self, key: str) -> int | None:
-        """0 for none at all, None where it can't be told."""
-        link = self.link(key, "vae")
-        if link is None:
-            return 0
-        if self.kind(link[0]) == LOADER and self.value(link[0], "vae") == "none":
-            return 0
-        name = self.value(link[0], "vae", "vae_name")
-        path = self.file(("vae",), name)
-        return vae_channels(path) if path else None
 
 
 def few(what: str, found: Iterable[Any]) -> tuple[Any, ...]:

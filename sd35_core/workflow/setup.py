@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ..checkpoint.sizes import Weights
 from ..errors import SettingError
 from ..network.config import VARIANTS
 from ..sampling.recipes import NANO, RECIPES, TURBO, Fits
@@ -46,6 +47,20 @@ class Model:
     own: bool = True
     """Whether SD3.5 Loader loaded it."""
     of_res4lyf: bool = False
+    dual: bool = False
+    """Whether blocks have a second attention."""
+    weights: Weights | None = None
+    modulation_cache: str = "off"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What there is to sample on: bytes of its memory, those of a number there (2 or 4), and
+    whether all models stay in it, as on a processor."""
+
+    memory: int
+    number: int = 2
+    keeps_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,10 @@ class Encoders:
     made_for: str = "sd3"
     t5: bool | None = None
     others: bool | None = None
+    weights: int | None = None
+    """Bytes of all of them on a card, of T5 alone, and numbers of the largest matrix."""
+    t5_weights: int = 0
+    largest: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +120,8 @@ class Control:
     """Whether the node that samples makes its picture, as an upscaler does."""
     by_stock_loader: bool = False
     """Whether ComfyUI's own loader reads it."""
+    weights: int | None = None
+    layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,6 +176,7 @@ class LoraFile:
     spelling: str = ""
     text: int = 0
     misfits: tuple[tuple[str, int, str], ...] = ()
+    weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -181,6 +203,16 @@ class Upscaling:
 
 
 @dataclass(frozen=True)
+class Vae:
+    """The VAE that decodes: bytes of its weights, the channels of its widest tensor that is as
+    large as the picture, and whether it decodes in tiles."""
+
+    weights: int
+    widest: int | None = None
+    tiled: bool = False
+
+
+@dataclass(frozen=True)
 class Setup:
     """Everything that leads into one sampler."""
 
@@ -198,6 +230,8 @@ class Setup:
     vae_channels: int | None = None
     """Of the VAE that decodes; 0 where there is none."""
     vae_name: str | None = None
+    vae: Vae | None = None
+    card: Card | None = None
     encoders: Encoders | None = None
     idle: tuple[str, ...] = ()
     """Other nodes that act on nothing in SD3.5."""

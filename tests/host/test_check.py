@@ -20,6 +20,7 @@ from tools import host as hosts
 
 FEW = {"steps": 12, "seed": 77}
 NOTHING = "Nothing to say: this set-up fits SD3.5."
+MEMORY = r"Memory: about 0\.\d+ of \d+(\.\d)? GB, most in .*\(.*model 0\.\d+, .*\)\."
 
 
 def checked(workflow: dict[str, Any], strict: str = "report", **sampler: Any) -> dict[str, Any]:
@@ -65,14 +66,15 @@ def test_a_right_set_up_gets_no_words_and_its_picture_unchanged(
     plain["5"]["inputs"].update(FEW)
     expected = pixels(server, hosts.run_prompt(server.url, plain))
     history = hosts.run_prompt(server.url, checked(workflow, "stop at warnings"))
-    assert history["outputs"]["90"]["text"] == [NOTHING]
+    (text,) = history["outputs"]["90"]["text"]
+    assert re.fullmatch(f"{NOTHING}\n{MEMORY}", text)
     assert np.array_equal(pixels(server, history), expected)
 
 
 def test_widgets_after_the_node_change_what_it_says_though_its_inputs_stay(
     server: hosts.Server, workflow: dict[str, Any]
 ) -> None:
-    assert said(server, checked(workflow)) == NOTHING
+    assert NOTHING in said(server, checked(workflow))
     assert "cfg is 15" in said(server, checked(workflow, cfg=15.0))
     assert "shift is 5" in said(server, checked(workflow, shift=5.0))
 
@@ -96,7 +98,7 @@ def test_strict_stops_before_sampling_with_the_same_words(
         hosts.run_prompt(server.url, prompt, lambda node, done, total: seen.append(done))
     assert "SD35Check (90)" in str(caught.value) and seen == []
     assert "cfg is 15" in said(server, checked(workflow, "stop at errors", cfg=15.0))
-    assert said(server, checked(workflow)) == NOTHING
+    assert NOTHING in said(server, checked(workflow))
 
 
 @pytest.fixture(scope="module")
@@ -182,20 +184,21 @@ def test_a_lora_that_fits_is_described_and_nothing_is_wrong_with_it(
 ) -> None:
     prompt = checked(workflow)
     lora("for nano.safetensors")(prompt)
-    nothing, words = said(server, prompt).splitlines()
-    assert nothing == NOTHING
+    nothing, words, memory = said(server, prompt).splitlines()
+    assert nothing == NOTHING and re.fullmatch(MEMORY, memory)
     assert "names of kohya, rank 4" in words and "1 of 1 layers match" in words
 
 
 def test_objects_are_judged_where_the_workflow_says_nothing(
     comfy: SimpleNamespace, ours: Any, stock: Any, conds: Any
 ) -> None:
-    facts = __import__("sd35_pack.nodes.host.facts", fromlist=["findings_at"])
+    facts = __import__("sd35_pack.nodes.host.facts", fromlist=["setups_at"])
+    check = __import__("sd35_pack.sd35_core.workflow.check", fromlist=["findings"])
     empty = {"samples": torch.zeros(1, 16, 16, 16)}
 
     def rules(model: Any = ours, positive: Any = conds.positive, latent: Any = empty) -> set[str]:
-        found = facts.findings_at({}, None, model, positive, conds.negative, latent)
-        return {finding.rule for finding in found}
+        (seen,) = facts.setups_at({}, None, model, positive, conds.negative, latent)
+        return {finding.rule for finding in check.findings(seen)}
 
     def changed(**extra: Any) -> Any:
         ((encoded, before),) = conds.positive
