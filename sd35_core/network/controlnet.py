@@ -64,8 +64,8 @@ class ControlNetBlock(Stream):
     def forward(self, x: Tensor, c: Tensor, attend: Attend = attention) -> Tensor:
         """x: (B, N, hidden), c: (B, hidden) -> the next x."""
         modulation = self.parts(self.modulation(c))
-        heads = self.attn.heads(modulation.attn.on(self.norm1(x)))
-        return self.finish(x, attended_to(attend, heads, 0), modulation)
+        normed = modulation.attn.on(self.norm1(x))
+        return self.finish(x, attended_to(attend, self.attn.heads(normed), 0), modulation)
 
 
 class ControlNetEmbedder(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,16 @@ def attended_to(attend: Attend, heads: Iterable[Tensor], context_tokens: int) ->
     """The attention of q, k, v as `Attention.heads` gives them, each (B, L, heads, 64)."""
     q, k, v = (tensor.transpose(1, 2) for tensor in heads)
     return attend(q, k, v, context_tokens)
+
+
+def attended_jointly(
+    attend: Attend, text: Sequence[Tensor], image: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The attention of text and image to both; their q, k, v as `Attention.heads` gives them."""
+    lengths = [text[0].shape[1], image[0].shape[1]]
+    joined = (torch.cat(pair, dim=1) for pair in zip(text, image))
+    to_text, to_image = attended_to(attend, joined, lengths[0]).split(lengths, dim=1)
+    return to_text.contiguous(), to_image.contiguous()
 
 
 class Modulation(NamedTuple):
@@ -267,18 +277,20 @@ class JointBlock(nn.Module):
         known = self.modulation(c) if modulation is None else modulation
         of_text, of_image = text.parts(known[0]), image.parts(known[1])
         normed = image.norm1(x)
-        text_heads = text.attn.heads(of_text.attn.on(text.norm1(context)))
-        image_heads = image.attn.heads(of_image.attn.on(normed))
-        joined = (torch.cat(pair, dim=1) for pair in zip(text_heads, image_heads))
-        length = context.shape[1]
-        attended = attended_to(attend, joined, length)
-        to_text, to_image = attended.split([length, x.shape[1]], dim=1)
-        if not text.pre_only:
-            context = text.finish(context, to_text.contiguous(), of_text)
+        to_text, to_image = attended_jointly(
+            attend,
+            text.attn.heads(of_text.attn.on(text.norm1(context))),
+            image.attn.heads(of_image.attn.on(normed)),
+        )
         if image.dual:
             own = attended_to(attend, image.attn2.heads(of_image.attn2.on(normed)), 0)
             x = of_image.attn2.added(x, image.attn2.proj(own))
-        return context, image.finish(x, to_image.contiguous(), of_image)
+            del own
+        del normed  # what is not needed is not held while the MLP takes the most memory
+        if not text.pre_only:
+            context = text.finish(context, to_text, of_text)
+        del to_text
+        return context, image.finish(x, to_image, of_image)
 
 
 class FinalLayer(nn.Module):

@@ -282,6 +282,15 @@ def test_the_cache_is_used_where_it_makes_the_model_fit() -> None:
     assert "modulations" in sampled(24, "on") and "modulations" not in sampled(16, "off")
 
 
+def test_a_block_holds_nothing_that_it_needs_no_more() -> None:
+    """Its q, k and v were held beside the MLP: 19 tensors as large as its tokens."""
+    call = NetworkCall(rows=2, height=128, width=128, tokens=154)
+    tokens = 2 * (64 * 64 + 154) * 2  # rows, and bytes of a number
+    for variant in ("sd3.5_medium", "sd3.5_large"):
+        shape = VARIANTS[variant]
+        assert peak_of_call(shape, call) < 14 * tokens * shape.hidden
+
+
 def test_each_condition_of_the_work_counts() -> None:
     shape, plain = width_of(1536, True), NetworkCall(2, 64, 64, 154)
     peak = peak_of_call(shape, plain)
