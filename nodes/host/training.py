@@ -20,6 +20,7 @@ from torch import Tensor
 from ...sd35_core.encoders.hints import rgb
 from ...sd35_core.errors import SettingError
 from ...sd35_core.network.latent import LATENT_CHANNELS
+from ...sd35_core.training.alone import run_alone
 from ...sd35_core.training.config import TrainingConfig
 from ...sd35_core.training.dataset import (
     Examples,
@@ -155,28 +156,29 @@ def train_lora(
         enough_memory("training a LoRA", advice),
     ):
         own = [{key: tensor.clone() for key, tensor in group.items()} for group in groups]
-        run = Run(replace(config, output=str(folder)), own, captions)
-        run.resume()
-
-        def shown(loss: float) -> None:
-            if not interrupted():
-                show(run.step, config.steps)
-
         path = first_folder("loras") / f"{name}.safetensors"
-        try:
-            end_if_cancelled()
-            run.go_on(shown, interrupted)
-        except DivergedError as error:
+        with run_alone(replace(config, output=str(folder)), own, captions) as run:
+
+            def shown(loss: float) -> None:
+                if not interrupted():
+                    show(run.step, config.steps)
+
+            try:
+                end_if_cancelled()
+                run.go_on(shown, interrupted)
+            except DivergedError as error:
+                path = free_name(path)
+                run.write_model(path)
+                shutil.rmtree(folder, ignore_errors=True)  # or the same queue ran away again
+                raise SettingError(
+                    f"{error} It is in '{path.name}', in ComfyUI's loras."
+                ) from error
+            if run.step == 0:
+                end_if_cancelled()
             path = free_name(path)
             run.write_model(path)
-            shutil.rmtree(folder, ignore_errors=True)  # or the same queue ran away again
-            raise SettingError(f"{error} It is in '{path.name}', in ComfyUI's loras.") from error
-        if run.step == 0:
-            end_if_cancelled()
-        path = free_name(path)
-        run.write_model(path)
-        if run.step == config.steps:
-            shutil.rmtree(folder, ignore_errors=True)
+            if run.step == config.steps:
+                shutil.rmtree(folder, ignore_errors=True)
     return Learned(path, run)
 
 

@@ -2,7 +2,7 @@
 
 In the folder `output` are then state.safetensors, the run itself; model.safetensors, a checkpoint
 for SD35Loader, a ControlNet or a LoRA; best.safetensors, the best LoRA on the way; loss.png, the
-curve of the losses; and samples/, pictures on the way.
+curve of the losses; and samples/, pictures on the way. `run_alone` keeps other runs out of it.
 """
 
 from __future__ import annotations
