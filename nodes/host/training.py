@@ -7,6 +7,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from ...sd35_core.encoders.hints import rgb
 from ...sd35_core.errors import SettingError
 from ...sd35_core.network.latent import LATENT_CHANNELS
 from ...sd35_core.training.alone import run_alone
-from ...sd35_core.training.config import TrainingConfig
+from ...sd35_core.training.config import BEST, TrainingConfig
 from ...sd35_core.training.dataset import (
     Examples,
     Size,
@@ -31,7 +32,7 @@ from ...sd35_core.training.dataset import (
     shapes_near,
 )
 from ...sd35_core.training.run import DivergedError, Run
-from ...sd35_core.whole_file import free_name
+from ...sd35_core.whole_file import free_name, write_new
 from .calibration import encoded
 from .files import first_folder, hashed
 from .memory import enough_memory
@@ -50,10 +51,12 @@ class Picture(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """What a training left: the LoRA's file and the run."""
+    """What a training left: the LoRA's file, the run, and what is said of a better LoRA on the way,
+    nothing where there was none."""
 
     path: Path
     run: Run
+    better: str
 
 
 def pictures_given(images: Sequence[Tensor], captions: Sequence[str], side: int) -> list[Picture]:
@@ -169,17 +172,31 @@ def train_lora(
             except DivergedError as error:
                 path = free_name(path)
                 run.write_model(path)
+                better = _keep_better(run, path)
                 shutil.rmtree(folder, ignore_errors=True)  # or the same queue ran away again
                 raise SettingError(
-                    f"{error} It is in '{path.name}', in ComfyUI's loras."
+                    f"{error} It is in '{path.name}', in ComfyUI's loras. {better}".rstrip()
                 ) from error
             if run.step == 0:
                 end_if_cancelled()
             path = free_name(path)
             run.write_model(path)
+            better = ""
             if run.step == config.steps:
+                better = _keep_better(run, path)
                 shutil.rmtree(folder, ignore_errors=True)
-    return Learned(path, run)
+    return Learned(path, run, better)
+
+
+def _keep_better(run: Run, path: Path) -> str:
+    """Put the best LoRA on the way beside the last, where that is worse; a sentence on it."""
+    better = run.better()
+    if better is None or run.last is None:
+        return ""
+    with (Path(run.config.output) / BEST).open("rb") as file:
+        pieces = iter(partial(file.read, 1 << 24), b"")
+        kept = write_new(path.with_name(f"{path.stem}_best{path.suffix}"), pieces)
+    return f"The LoRA of {better.words(run.last)}; it is in '{kept.name}', beside the last one."
 
 
 def end_if_cancelled() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,15 +32,13 @@ from .dataset import Examples, Size
 from .estimate import check_memory
 from .gathering import check_examples, gather_examples, held_out
 from .history import History
+from .judging import JUDGED, Judged, judged_before
 from .objective import crops, draw_timesteps, flow_losses
 from .optimisers import optimisers
 from .prompts import dropouts, read_prompts
 from .state import read_state, write_state
 from .trained import Trained, to_be_trained, trainable_base
-from .written import learned, lora_metadata
-
-JUDGED = 8
-"""Batches by which the best is found."""
+from .written import about_run, learned, lora_metadata
 
 
 class DivergedError(SettingError):
@@ -93,7 +91,9 @@ class Run:
         self.optimisers = optimisers(self.learning, config)
         self.average = {k: p.detach().clone() for k, p in self.learning.items()}
         self.dropouts = dropouts(config.encoder_dropout, config.dropout_of)
-        self.history, self.best = History(), math.inf
+        self.history = History()
+        self.best: Judged | None = None
+        self.last: Judged | None = None
         self.seen: list[tuple[Tensor, Tensor]] = []  # noise levels and losses of this step
         self.step = 0
 
@@ -117,6 +117,11 @@ class Run:
     @property
     def state_file(self) -> Path:
         return Path(self.config.output) / STATE
+
+    @property
+    def due(self) -> bool:
+        """Whether a run that nobody stops is saved and judged at this step."""
+        return self.step % self.config.save_every == 0 or self.step == self.config.steps
 
     def rate(self) -> float:
         """Warm-up, then constant or a cosine down to a twentieth."""
@@ -201,7 +206,7 @@ class Run:
     def save(self) -> None:
         """Write everything that a resumed run needs; as `write_state`."""
         about: dict[str, Any] = {"step": self.step, "config": asdict(self.config)}
-        if math.isfinite(self.best):
+        if self.best is not None:
             about["best"] = self.best
         write_state(
             self.state_file, self.learning, self.average, self.optimiser_of, self.history, about
@@ -215,11 +220,12 @@ class Run:
             self.state_file, self.model, self.learning, self.optimiser_of, self.device
         )
         self.step = int(said["step"])
-        with suppress(ValueError):
-            self.best = float(said.get("best", "inf"))
+        if (Path(self.config.output) / BEST).exists():
+            self.best = judged_before(said.get("best", ""))
 
     def keep_best(self) -> None:
-        """Write a LoRA under the name BEST where the average is better than ever before.
+        """Write a LoRA under the name BEST where the average is better than at every step at which
+        it was judged before, by this run or by those that it goes on from.
 
         It is judged by the loss of the same batches with the same noise, of pictures that were held
         out where there are some.
@@ -232,10 +238,16 @@ class Run:
                 float(self.batch_loss(generator, self.held_out or self.groups))
                 for _ in range(JUDGED)
             ]
-        loss = sum(losses) / len(losses)
-        if loss < self.best:
-            self.best = loss
+        self.last = Judged(self.step, tuple(losses))
+        best = math.inf if self.best is None else self.best.loss
+        if self.last.loss < best:  # which a loss that is no number is not
+            self.best = self.last
             self.write_model(Path(self.config.output) / BEST)
+
+    def better(self) -> Judged | None:
+        """The best under the name BEST, where the last is worse by more than noise."""
+        better = self.best and self.last and self.best.beats(self.last)
+        return self.best if better else None
 
     @contextmanager
     def averaged(self) -> Iterator[Trained]:
@@ -278,16 +290,8 @@ class Run:
         config = self.config
         with self.averaged() as model:
             tensors = learned(model, self.vae, config)
-        about: dict[str, Any] = {"steps_trained": self.step, **config.metadata}
-        metadata: dict[str, Any] = {}
-        if config.lora_rank:
-            about = {**self.about_the_lora(), **about}
-            metadata = {**self.about_lora, "ss_steps": self.step}
-        elif not config.controlnet:
-            about = {**self.about_the_whole(), **about}
-        metadata["sd35_config"] = about
-        if "title" in config.metadata:
-            metadata["modelspec.title"] = str(config.metadata["title"])
+        metadata = {**self.about_lora, "ss_steps": self.step} if config.lora_rank else {}
+        metadata |= about_run(self.model, config, self.size, self.step)
         write_file(path, tensors, metadata)
 
     @cached_property
@@ -295,19 +299,6 @@ class Run:
         """What a LoRA's file says of how it was trained; the base is read once for its hash."""
         network = self.model.diffusion_model.config
         return lora_metadata(self.config, network, self.size, self.captions)
-
-    def about_the_lora(self) -> dict[str, Any]:
-        """The plan of a LoRA."""
-        return {"lora": asdict(self.config.lora), "trigger": self.config.trigger}
-
-    def about_the_whole(self) -> dict[str, Any]:
-        """What a checkpoint says of its parts."""
-        return {
-            "text_encoders": {n: e.config.described() for n, e in self.model.encoders.items()},
-            "pixels": self.config.pixels,
-            "prompt_tokens": self.config.prompt_tokens,
-            "size": list(self.size),
-        }
 
     def go_on(
         self,
@@ -323,20 +314,22 @@ class Run:
             try:
                 show(self.advance())
             except DivergedError:
+                self.keep_best()
                 self.write_model(file)
                 raise
-            if self.step % config.save_every == 0 and self.step < config.steps:
+            if self.due:
+                self.keep_best()
                 self.leave()
-        self.leave()
+                self.draw_samples()
+        if not self.due:
+            self.leave()
         self.write_model(file)
         return file
 
     def leave(self) -> None:
-        """What lies in the folder from now on: the run, its curve, its best and its samples."""
-        self.keep_best()
+        """What lies in the folder from now on: the run and its curve."""
         self.save()
         write_picture(Path(self.config.output) / CURVE, self.history.curve(), replace=True)
-        self.draw_samples()
 
 
 def best_device() -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .config import BEST
 from .run import Run
 
 log = logging.getLogger("sd35")
@@ -38,6 +39,8 @@ def train(run: Run) -> None:
 
         file = run.go_on(show, interrupted)
     log.info(f"stopped at step {run.step} of {config.steps}: {run.history.words()}; wrote {file}")
+    if run.last is not None and (better := run.better()) is not None:
+        log.info(f"{better.words(run.last)}: {file.with_name(BEST)}")
 
 
 @contextmanager

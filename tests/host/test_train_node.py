@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sd35_core.checkpoint.tensor_file import metadata_of
 from sd35_core.workflow.lora_files import lora_in
 from sd35_core.workflow.setup import Model
 
@@ -132,6 +133,32 @@ def test_a_run_that_runs_away_leaves_its_lora_and_begins_anew(
             train(**settings)
         assert lora_in(loras / f"{file}.safetensors", Model(depth=4, hidden=256)).layers
     assert steps == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_better_one_on_the_way_is_kept_beside_the_last(
+    comfy: SimpleNamespace, train: Any, images: list[Tensor], loras: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    inner = comfy.training.train_lora.__globals__["Run"]
+    advance = inner.advance
+
+    def spoilt(run: Any) -> float:
+        loss = advance(run)
+        if run.step == 4:
+            with torch.no_grad():
+                for tensor in run.average.values():
+                    tensor.normal_()
+        return loss
+
+    monkeypatch.setattr(inner, "advance", spoilt)
+    _, report, _ = train(images=images, captions=CAPTIONS, name="spoilt", seed=3)
+    best = loras / "spoilt_best.safetensors"
+    said = metadata_of(best)["ss_steps"]
+    assert said in ("1", "2", "3")
+    assert f"The LoRA of step {said} was better by more than noise: loss" in report
+    assert f"it is in '{best.name}', beside the last one" in report
+    assert metadata_of(loras / "spoilt.safetensors")["ss_steps"] == "4"
+    assert not list(loras.glob("test_lora*_best*")), "none where the last is the best"
 
 
 def test_a_run_that_is_cancelled_before_it_begins_leaves_nothing(
