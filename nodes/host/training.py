@@ -18,6 +18,7 @@ import folder_paths
 import torch
 from torch import Tensor
 
+from ...sd35_core.encoders.described import T5
 from ...sd35_core.encoders.hints import rgb
 from ...sd35_core.errors import SettingError
 from ...sd35_core.network.latent import LATENT_CHANNELS
@@ -37,6 +38,7 @@ from .calibration import encoded
 from .files import first_folder, hashed
 from .memory import enough_memory
 from .report import progress
+from .text import names_in
 
 PUBLISHED_CLIP_L = 768
 """The columns of CLIP-L in the encodings of published models."""
@@ -94,42 +96,71 @@ def pictures_in_input(folder: str, side: int) -> list[Picture]:
 
 
 def encoded_examples(pictures: Sequence[Picture], clip: Any, vae: Any) -> list[Examples]:
-    """One group for each size and length of prompt; everything as the host's samplers see it."""
+    """One group for each size; everything as the host's samplers see it."""
     if getattr(vae, "latent_channels", None) != LATENT_CHANNELS:
         raise SettingError("The VAE is not SD3.5's. Connect the one of SD3.5 Loader.")
-    show, empty = progress(), encoded(clip, "")
-    groups: dict[tuple[Size, int], list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+    show = progress()
+    latents: dict[Size, list[Tensor]] = defaultdict(list)
+    captions: dict[Size, list[Encoding]] = defaultdict(list)
+    silent = encoding_of(clip, "")
     for done, picture in enumerate(pictures):
         show(done, len(pictures))
         image = picture.pixels.permute(1, 2, 0)[None].float() / 255
-        context, pooled = _encoding(encoded(clip, picture.caption))
-        groups[picture.size, len(context)].append((vae.encode(image)[0], context, pooled))
-    silent = _encoding(empty)
+        latents[picture.size].append(vae.encode(image)[0].cpu().half())
+        captions[picture.size].append(encoding_of(clip, picture.caption))
     left = _clip_l_columns(clip)
     return [
-        {
-            **{
-                name: torch.stack([each[i] for each in rows]).cpu().half().clone()
-                for i, name in enumerate(("latents", "context", "pooled"))
-            },
-            "context_empty": silent[0].cpu().half().clone(),
-            "pooled_empty": silent[1].cpu().half().clone(),
-            "clip": torch.tensor([_clip_rows(length, len(silent[0])), left]),
-        }
-        for (_, length), rows in groups.items()
+        {"latents": torch.stack(latents[size]), **caption_examples(captions[size], silent, left)}
+        for size in latents
     ]
 
 
-def _encoding(conditioning: Any) -> tuple[Tensor, Tensor]:
-    """Context (L, C) and pooled (P,) of a CONDITIONING."""
-    context, extra = conditioning[0]
-    return context[0], extra["pooled_output"][0]
+class Encoding(NamedTuple):
+    """What the CLIPs, (L, C), and T5, (M, C), say of a caption, and pooled (P,); fp16."""
+
+    clip: Tensor
+    t5: Tensor
+    pooled: Tensor
 
 
-def _clip_rows(length: int, empty: int) -> int:
-    """How many of a prompt's rows are the CLIPs'. With T5 the host gives 77 of each at least; of a
-    prompt that is longer, what is more is taken to be T5's."""
-    return length if empty < 2 * 77 else 77
+def encoding_of(clip: Any, caption: str) -> Encoding:
+    """As the host encodes it."""
+    context, extra = encoded(clip, caption)[0]
+    rows = context[0].cpu().half()
+    parts = clip.tokenize(caption).get(T5, []) if T5 in names_in(clip) else []
+    first = len(rows) - sum(map(len, parts))
+    return Encoding(rows[:first], rows[first:], extra["pooled_output"][0].cpu().half())
+
+
+def caption_examples(captions: Sequence[Encoding], silent: Encoding, left: int) -> Examples:
+    """Captions as examples have them, filled up to the longest with what the host's encoders say
+    where there are no words; `left`: CLIP-L's columns."""
+    every = [*captions, silent]
+    clips, t5 = (max(len(each[part]) for each in every) for part in (0, 1))
+    context = torch.stack(
+        [
+            torch.cat(
+                [_filled(each.clip, clips, silent.clip), _filled(each.t5, t5, silent.t5[-1:])]
+            )
+            for each in every
+        ]
+    )
+    pooled = torch.stack([each.pooled for each in every])
+    rows = torch.tensor([[len(each.clip), len(each.t5)] for each in every])
+    return {
+        **{"context": context[:-1].clone(), "context_empty": context[-1].clone()},
+        **{"pooled": pooled[:-1].clone(), "pooled_empty": pooled[-1].clone()},
+        **{"rows": rows[:-1].clone(), "rows_empty": rows[-1].clone()},
+        "clip": torch.tensor([clips, left]),
+    }
+
+
+def _filled(rows: Tensor, count: int, filler: Tensor) -> Tensor:
+    missing = count - len(rows)
+    if not missing:
+        return rows
+    times = -(-missing // len(filler))
+    return torch.cat([rows, filler.repeat(times, 1)[:missing]])
 
 
 def _clip_l_columns(clip: Any) -> int:

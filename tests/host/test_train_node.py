@@ -81,6 +81,21 @@ def test_pictures_become_a_lora_and_the_model_has_it_on(
     assert "test_lora_2.safetensors" in again, "nothing is replaced"
 
 
+def test_captions_of_any_length_share_a_batch(
+    comfy: SimpleNamespace, parts: Any, images: list[Tensor]
+) -> None:
+    """Two of the CLIPs' 77 rows and one; what fills the shorter up is what the host's own encoder
+    says of no words."""
+    node = comfy.training.train_lora.__globals__
+    captions = ["a red square " * 40, "a green square"]
+    pictures = node["pictures_given"](images, captions, 128)
+    (group,) = node["encoded_examples"](pictures, parts.clip, parts.vae)
+    assert group["rows"].tolist() == [[154, 0], [77, 0]] and group["rows_empty"].tolist() == [77, 0]
+    short, empty = (comfy.calibration.encoded(parts.clip, c)[0][0][0] for c in (captions[1], ""))
+    assert torch.equal(group["context"][1], torch.cat([short, empty]).half())
+    assert torch.equal(group["context_empty"], torch.cat([empty, empty]).half())
+
+
 def test_a_cancelled_run_leaves_a_lora_and_goes_on(
     comfy: SimpleNamespace, train: Any, images: list[Tensor], loras: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sd35_core.checkpoint.layouts import from_diffusers
 from sd35_core.checkpoint.loading import load
@@ -129,77 +129,6 @@ def test_diffusers_modulation_of_the_last_text_is_in_its_own_order() -> None:
     assert len(changed) == len(layers)
     for key in changed:
         assert torch.allclose(again[key], ours[key], atol=1e-5), key
-
-
-# Captions that are encoded already
-
-
-@pytest.fixture
-def encoded_config(lora_config: TrainingConfig, tmp_path: Path) -> TrainingConfig:
-    """The same examples, their captions encoded by the base's own text encoders."""
-    run = Run(lora_config)
-    examples = run.groups[0]
-    rows = {
-        name: torch.cat([examples[name], examples[f"{name}_empty"][None]]).long()
-        for name in ("tokens_l", "tokens_g")
-    }
-    with torch.no_grad():
-        context, pooled = run.model.encode(rows["tokens_l"], rows["tokens_g"])
-    t5 = torch.randn(len(context), 3, context.shape[2], generator=torch.Generator().manual_seed(0))
-    context = torch.cat([context, t5], dim=1)
-    save_file(
-        {"latents": examples["latents"], "context": context[:-1].contiguous(),
-         "pooled": pooled[:-1].contiguous(), "context_empty": context[-1].contiguous(),
-         "pooled_empty": pooled[-1].contiguous(), "clip": torch.tensor([77, 16])},
-        tmp_path / "encoded.safetensors",
-    )  # fmt: skip
-    return replace(
-        lora_config, examples=(str(tmp_path / "encoded.safetensors"),), text_encoders="",
-        output=str(tmp_path / "encoded"),
-    )  # fmt: skip
-
-
-def test_encoded_captions_give_what_tokens_give(
-    lora_config: TrainingConfig, encoded_config: TrainingConfig
-) -> None:
-    """Without T5, whose rows the other has not."""
-    own = {"t5xxl": 1.0}
-    losses = []
-    for config in (lora_config, encoded_config):
-        run = Run(replace(config, dropout_of=own, encoder_dropout=0.5, prompt_tokens=77))
-        losses.append([run.advance() for _ in range(3)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-@pytest.mark.parametrize("name", ["clip_l", "clip_g", "t5xxl"])
-def test_each_encoder_can_be_left_out_alone(encoded_config: TrainingConfig, name: str) -> None:
-    own = {other: float(other == name) for other in ("clip_l", "clip_g", "t5xxl")}
-    run = Run(replace(encoded_config, dropout_of=own, caption_dropout=0.0))
-    seen = []
-    model = run.model.diffusion_model
-    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2:4]))
-    run.advance()
-    ((context, y),) = seen
-    assert context.shape[1] == (77 if name == "t5xxl" else 80)
-    gone = {"clip_l": slice(0, 16), "clip_g": slice(16, 32), "t5xxl": slice(0, 0)}[name]
-    assert not context[:, :77, gone].any() and not y[:, gone].any()
-    for other in {"clip_l", "clip_g"} - {name}:
-        kept = {"clip_l": slice(0, 16), "clip_g": slice(16, 32)}[other]
-        assert context[:, :77, kept].any() and y[:, kept].any()
-
-
-def test_captions_of_another_model_are_refused(
-    encoded_config: TrainingConfig, tmp_path: Path
-) -> None:
-    tensors = load_file(encoded_config.examples[0])
-    wide = {**tensors, "pooled": torch.zeros(8, 2048)}
-    save_file(wide, tmp_path / "wide.safetensors")
-    with pytest.raises(SettingError, match="widths of 64 and 2048.*takes 64 and 32"):
-        Run(replace(encoded_config, examples=(str(tmp_path / "wide.safetensors"),)))
-    bad = {**tensors, "context": torch.full((8, 80, 64), float("nan"))}
-    save_file(bad, tmp_path / "bad.safetensors")
-    with pytest.raises(SettingError, match="no numbers"):
-        Run(replace(encoded_config, examples=(str(tmp_path / "bad.safetensors"),)))
 
 
 # Stopping, going on, and what is kept
