@@ -20,6 +20,7 @@ from ..sd35_core.workflow.setup import Lora
 from .host.loading import file_of
 from .host.report import told
 from .host.training import (
+    drawing_with,
     encoded_examples,
     end_if_cancelled,
     pictures_given,
@@ -182,13 +183,17 @@ class SD35TrainLoRA(io.ComfyNode):
             raise SettingError("Connect captions: a text for each image, or one for all.")
         config = config_of(one, str(base), str(model.load_device))
         groups = encoded_examples(pictures, one["clip"], one["vae"])
-        path, run, better = train_lora(config, name, pictures, groups)
+        prompt = config.class_prompt
+        drawing = drawing_with(one["clip"], prompt, base) if prompt else None
+        path, run, better = train_lora(config, name, pictures, groups, drawing)
         known = model_named(base.name)
         turbo = known is not None and known.recipe == TURBO
+        beside = f" beside {config.class_pictures} of '{prompt}'" if prompt else ""
+        how_far = f"step {run.step} of {config.steps}: {run.history.words()}"
         lines = (
             f"Wrote {path}. Press R to see it in the loaders.",
             WARNED if turbo else "",
-            f"{len(pictures)} pictures, step {run.step} of {config.steps}: {run.history.words()}",
+            f"{len(pictures)} pictures{beside}, {how_far}",
             better,
             lora_words(Lora(path.name, 1.0, lora_in(path))),
         )
@@ -229,6 +234,9 @@ def config_of(widgets: dict[str, Any], base: str, device: str) -> TrainingConfig
         bf16=said["precision"] == PRECISIONS[0],
         seed=said["seed"],
         held_out=said["held_out"],
+        class_prompt=said["class_prompt"].strip(),
+        class_pictures=said["class_pictures"],
+        class_weight=said["class_weight"],
         save_every=max(1, steps // SAVES),
         device=device,
         metadata={"title": said["name"]},

@@ -122,4 +122,32 @@ def advanced_inputs() -> list[Any]:
             tooltip="The share of pictures that are not learned from: by their loss the "
             "best LoRA on the way is found. At 0 it is found by those that are.",
         ),
+        io.String.Input(
+            "class_prompt",
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="What the subject is one of, such as 'a dog': the model draws pictures of it "
+            "first and learns from them too, so that not every dog becomes yours. Empty: none; a "
+            "step takes twice as long with it.",
+        ),
+        io.Int.Input(
+            "class_pictures",
+            default=50,
+            min=1,
+            max=1000,
+            optional=True,
+            advanced=True,
+            tooltip="How many pictures of class_prompt are drawn, once, before training.",
+        ),
+        io.Float.Input(
+            "class_weight",
+            default=1.0,
+            min=0.01,
+            max=10.0,
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip="How much pictures of the class count, against 1 of the subject's.",
+        ),
     ]

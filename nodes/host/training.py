@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +18,13 @@ import folder_paths
 import torch
 from torch import Tensor
 
+from ...sd35_core.encoders.autoencoder import PixelSpace
 from ...sd35_core.encoders.described import T5
 from ...sd35_core.encoders.hints import rgb
 from ...sd35_core.errors import SettingError
 from ...sd35_core.network.latent import LATENT_CHANNELS
+from ...sd35_core.network.mmditx import MMDiTX
+from ...sd35_core.pipeline import Pipeline
 from ...sd35_core.training.alone import run_alone
 from ...sd35_core.training.config import BEST, TrainingConfig
 from ...sd35_core.training.dataset import (
@@ -32,10 +35,11 @@ from ...sd35_core.training.dataset import (
     picture_of,
     shapes_near,
 )
+from ...sd35_core.training.drawing import Drawing
 from ...sd35_core.training.run import DivergedError, Run
 from ...sd35_core.whole_file import free_name, write_new
 from .calibration import encoded
-from .files import first_folder, hashed
+from .files import fingerprint, first_folder, hashed
 from .memory import enough_memory
 from .report import progress
 from .text import names_in
@@ -155,6 +159,31 @@ def caption_examples(captions: Sequence[Encoding], silent: Encoding, left: int) 
     }
 
 
+@dataclass(frozen=True)
+class _HostPipeline(Pipeline):
+    """Draws what the host's text encoders have said already of captions."""
+
+    told: Mapping[str, Encoding] = field(default_factory=dict)
+
+    def encode(self, captions: list[str], without: str = "") -> tuple[Tensor, Tensor]:
+        found = caption_examples([self.told[each] for each in captions], self.told[""], 0)
+        context, pooled = (found[name].float().to(self.device) for name in ("context", "pooled"))
+        return context, pooled
+
+
+def drawing_with(clip: Any, prompt: str, base: Path) -> Drawing:
+    """How a run on the model in the file `base` draws the class of a prompt; its pictures are kept
+    until the host is started again, for every training that asks for the same."""
+    told = {text: encoding_of(clip, text) for text in ("", prompt)}
+    caption = caption_examples([told[prompt]], told[""], _clip_l_columns(clip))
+    name = f"sd35_class_{hashed(f'{fingerprint(base)} {prompt}')}"
+
+    def around(network: MMDiTX) -> Pipeline:
+        return _HostPipeline(network, {}, PixelSpace(3), lambda caption: [], told=told)
+
+    return Drawing(around, caption, Path(folder_paths.get_temp_directory()) / name)
+
+
 def _filled(rows: Tensor, count: int, filler: Tensor) -> Tensor:
     missing = count - len(rows)
     if not missing:
@@ -169,7 +198,11 @@ def _clip_l_columns(clip: Any) -> int:
 
 
 def train_lora(
-    config: TrainingConfig, name: str, pictures: Sequence[Picture], groups: list[Examples]
+    config: TrainingConfig,
+    name: str,
+    pictures: Sequence[Picture],
+    groups: list[Examples],
+    drawing: Drawing | None = None,
 ) -> Learned:
     """Train, or go on where a cancelled run of the same settings stopped; the LoRA's file in the
     host's folder, which is written when the run is cancelled too."""
@@ -191,7 +224,7 @@ def train_lora(
     ):
         own = [{key: tensor.clone() for key, tensor in group.items()} for group in groups]
         path = first_folder("loras") / f"{name}.safetensors"
-        with run_alone(replace(config, output=str(folder)), own, captions) as run:
+        with run_alone(replace(config, output=str(folder)), own, captions, drawing) as run:
 
             def shown(loss: float) -> None:
                 if not interrupted():
@@ -199,7 +232,7 @@ def train_lora(
 
             try:
                 end_if_cancelled()
-                run.go_on(shown, interrupted)
+                run.go_on(shown, interrupted, show)
             except DivergedError as error:
                 path = free_name(path)
                 run.write_model(path)

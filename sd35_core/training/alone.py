@@ -11,6 +11,7 @@ from ..errors import SettingError
 from ..whole_file import HeldError, held_file
 from .config import TrainingConfig
 from .dataset import Examples
+from .drawing import Drawing
 from .run import Run
 
 log = logging.getLogger("sd35")
@@ -20,10 +21,13 @@ LOCK = "run.lock"
 
 @contextmanager
 def run_alone(
-    config: TrainingConfig, groups: list[Examples] | None = None, captions: Sequence[str] = ()
+    config: TrainingConfig,
+    groups: list[Examples] | None = None,
+    captions: Sequence[str] = (),
+    drawing: Drawing | None = None,
 ) -> Iterator[Run]:
-    """A run as it is or was left in its folder, which is its alone until it ends; `groups` and
-    `captions` as Run has them.
+    """A run as it is or was left in its folder, which is its alone until it ends; from what Run is
+    made of.
 
     Raises what Run and its `resume` do, WriteError, and SettingError where another run is alive.
     """
@@ -32,7 +36,7 @@ def run_alone(
         with held_file(folder / LOCK) as locked:
             if not locked:
                 log.warning(f"'{folder}' has no locks: let one run at a time train there.")
-            run = Run(config, groups, captions)
+            run = Run(config, groups, captions, drawing)
             run.resume()
             yield run
     except HeldError as error:

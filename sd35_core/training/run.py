@@ -2,7 +2,8 @@
 
 In the folder `output` are then state.safetensors, the run itself; model.safetensors, a checkpoint
 for SD35Loader, a ControlNet or a LoRA; best.safetensors, the best LoRA on the way; loss.png, the
-curve of the losses; and samples/, pictures on the way. `run_alone` keeps other runs out of it.
+curve of the losses; class.safetensors, pictures of the class; and samples/, pictures on the way.
+`run_alone` keeps other runs out of it.
 """
 
 from __future__ import annotations
@@ -25,18 +26,19 @@ from ..encoders.t5 import t5_tokenizer
 from ..encoders.text_encoder import KINDS, tokenizer
 from ..errors import SettingError
 from ..network.latent import to_model
-from ..pipeline import MODEL, STATE, Pipeline, Settings, load_vae
+from ..pipeline import MODEL, STATE, load_vae
 from ..whole_file import sweep, write_picture
-from .config import BEST, CURVE, SAMPLES, TrainingConfig, check_output, shape_given
+from .config import BEST, CURVE, SAMPLES, TrainingConfig, shape_given
 from .dataset import Examples, Size
-from .estimate import check_memory
+from .drawing import Drawing, class_examples, own_drawing, sample_row
+from .estimate import best_device, check_memory
 from .gathering import check_examples, gather_examples, held_out
 from .history import History
 from .judging import JUDGED, Judged, judged_before
 from .objective import crops, draw_timesteps, flow_losses
-from .optimisers import optimisers
+from .optimisers import optimiser_of_each, optimisers
 from .prompts import dropouts, read_prompts
-from .state import read_state, write_state
+from .state import check_output, read_state, write_state
 from .trained import Trained, to_be_trained, trainable_base
 from .written import about_run, learned, lora_metadata
 
@@ -56,8 +58,10 @@ class Run:
         config: TrainingConfig,
         groups: list[Examples] | None = None,
         captions: Sequence[str] = (),
+        drawing: Drawing | None = None,
     ):
-        """`groups` and their `captions` are examples that are at hand already."""
+        """`groups` and their `captions` are examples that are at hand already; `drawing` is for
+        runs whose text encoders and VAE are another program's."""
         check_output(Path(config.output))
         encoders = load_encoders(TensorFile(config.text_encoders)) if config.text_encoders else {}
         sizes = {name: encoder.config.size for name, encoder in encoders.items()}
@@ -82,6 +86,8 @@ class Run:
         shape = network.config if network else config.network
         check_examples(groups, config, shape.pooled_dim)
         self.groups, self.held_out = held_out(groups, config)
+        self.of_class: list[Examples] = []
+        self.given = drawing
         torch.manual_seed(config.seed)
         self.model = to_be_trained(config, network, encoders)
         self.model.to(self.device)
@@ -100,13 +106,7 @@ class Run:
     @property
     def optimiser_of(self) -> dict[str, torch.optim.Optimizer]:
         """Of each parameter that learns, by its name."""
-        names = {id(parameter): name for name, parameter in self.learning.items()}
-        return {
-            names[id(parameter)]: optimiser
-            for optimiser in self.optimisers
-            for group in optimiser.param_groups
-            for parameter in group["params"]
-        }
+        return optimiser_of_each(self.learning, self.optimisers)
 
     @property
     def size(self) -> Size:
@@ -183,6 +183,11 @@ class Run:
             loss = self.batch_loss(generator) / config.accumulate
             loss.backward()
             total += loss.item()
+            if self.of_class:
+                heard = len(self.seen)
+                beside = config.class_weight * self.batch_loss(generator, self.of_class)
+                (beside / config.accumulate).backward()
+                del self.seen[heard:]  # the curve is the subject's
         length = float(nn.utils.clip_grad_norm_(self.learning.values(), config.clip_norm))
         if not math.isfinite(total) or not math.isfinite(length):
             raise DivergedError(
@@ -267,22 +272,25 @@ class Run:
             parameter.copy_(self.average[name])
             self.average[name] = learned
 
+    @cached_property
+    def drawing(self) -> Drawing:
+        """What was given, else with the run's own text encoders and VAE."""
+        if self.given is not None:
+            return self.given
+        vae, tokenize = self.vae, self.tokenize
+        assert vae is not None and tokenize is not None, "read_config sees to it"
+        return own_drawing(self.config, self.model, vae, tokenize, self.tokenize_t5)
+
     def draw_samples(self) -> None:
         """Draw the captions of `samples` in a row: samples/STEP.png."""
         from PIL import Image
 
         if not self.config.samples:
             return
-        assert self.vae is not None and self.tokenize is not None, "read_config sees to it"
-        captions = list(self.config.samples)
         with self.averaged() as model:
-            pipeline = Pipeline(
-                model.diffusion_model, model.encoders, self.vae.to(self.device), self.tokenize,
-                tokens=self.config.prompt_tokens, tokenize_t5=self.tokenize_t5,
-            )  # fmt: skip
-            drawn = pipeline.draw(captions, list(range(len(captions))), Settings(size=self.size))
+            row = sample_row(self.drawing, model, self.config, self.size)
         file = Path(self.config.output) / SAMPLES / f"{self.step:06}.png"
-        write_picture(file, Image.fromarray(torch.cat(drawn, dim=1).numpy()), replace=True)
+        write_picture(file, Image.fromarray(row.numpy()), replace=True)
 
     def write_model(self, path: Path) -> None:
         """The moving average in fp16: a single-file SD3.5 checkpoint, with the VAE if known, or
@@ -304,12 +312,19 @@ class Run:
         self,
         show: Callable[[float], object] = lambda loss: None,
         interrupted: Callable[[], bool] = lambda: False,
+        drawn: Callable[[int, int], object] = lambda count, total: None,
     ) -> Path:
         """Train to the last step, or to the step at which it is interrupted, and save; the file of
-        what was learned. `show` hears the loss of every step."""
+        what was learned. `show` hears the loss of every step, `drawn` how many pictures of the
+        class there are before it."""
         config = self.config
         file = Path(config.output) / MODEL
         sweep(file.parent / SAMPLES)
+        if config.class_prompt and not self.of_class:
+            found = class_examples(
+                self.drawing, self.model, config, self.groups, drawn, interrupted
+            )
+            self.of_class = [found] if found else []
         while self.step < config.steps and not interrupted():
             try:
                 show(self.advance())
@@ -330,10 +345,3 @@ class Run:
         """What lies in the folder from now on: the run and its curve."""
         self.save()
         write_picture(Path(self.config.output) / CURVE, self.history.curve(), replace=True)
-
-
-def best_device() -> str:
-    """cuda or mps where there is one, else cpu."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -81,6 +81,38 @@ def test_pictures_become_a_lora_and_the_model_has_it_on(
     assert "test_lora_2.safetensors" in again, "nothing is replaced"
 
 
+def test_pictures_of_the_class_are_drawn_before_and_once(
+    comfy: SimpleNamespace, train: Any, images: list[Tensor], loras: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Cancelled after one of two, it draws the other; another training draws none."""
+    from comfy import model_management as management
+
+    node = comfy.training.train_lora.__globals__
+    pipeline = node["Pipeline"]
+    latents, drawn = pipeline.latents, []
+
+    def counted(self: Any, *inputs: Any, **more: Any) -> Tensor:
+        if len(drawn) == 1:
+            management.interrupt_current_processing()
+        found = latents(self, *inputs, **more)
+        drawn.append(found)
+        return found
+
+    monkeypatch.setattr(pipeline, "latents", counted)
+    settings = {"images": images, "captions": CAPTIONS, "steps": 1, "class_prompt": "a square",
+                "class_pictures": 2, "name": "beside"}  # fmt: skip
+    with pytest.raises(management.InterruptProcessingException):
+        train(**settings)
+    assert len(drawn) == 1 and not (loras / "beside.safetensors").exists()
+    drawn.append(None)
+    _, report, _ = train(**settings)
+    assert "2 pictures beside 2 of 'a square', step 1 of 1" in report and len(drawn) == 3
+    _, report, _ = train(**settings, rate=1e-3)
+    assert len(drawn) == 3 and "beside_2.safetensors" in report
+    assert torch.isfinite(drawn[0]).all() and drawn[0].abs().mean() > 0.1
+
+
 def test_captions_of_any_length_share_a_batch(
     comfy: SimpleNamespace, parts: Any, images: list[Tensor]
 ) -> None:
