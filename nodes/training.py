@@ -153,6 +153,11 @@ class SD35TrainLoRA(io.ComfyNode):
                     tooltip="The loss over the steps: all in black, and for each part of the "
                     "noise levels.",
                 ),
+                io.Image.Output(
+                    display_name="samples",
+                    tooltip="The prompts of samples as they were drawn on the way, a row each "
+                    "time; white where there are none.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -184,7 +189,9 @@ class SD35TrainLoRA(io.ComfyNode):
         config = config_of(one, str(base), str(model.load_device))
         groups = encoded_examples(pictures, one["clip"], one["vae"])
         prompt = config.class_prompt
-        drawing = drawing_with(one["clip"], prompt, base) if prompt else None
+        drawing = None
+        if prompt or config.samples:
+            drawing = drawing_with(one["clip"], one["vae"], config)
         path, run, better = train_lora(config, name, pictures, groups, drawing)
         known = model_named(base.name)
         turbo = known is not None and known.recipe == TURBO
@@ -200,8 +207,16 @@ class SD35TrainLoRA(io.ComfyNode):
         text = "\n".join(filter(None, lines))
         shown = told(text, cls.hidden.unique_id)
         end_if_cancelled()
-        curve = torch.from_numpy(np.array(run.history.curve(), dtype=np.float32))[None] / 255
-        return io.NodeOutput(with_lora(model, path), text, curve, ui={"text": (text,), **shown})
+        pictures = (as_image(each) for each in (run.history.curve(), run.strip))
+        trained = with_lora(model, path)
+        return io.NodeOutput(trained, text, *pictures, ui={"text": (text,), **shown})
+
+
+def as_image(picture: Any) -> torch.Tensor:
+    """An IMAGE of a picture of Pillow's; a small white one of none."""
+    if picture is None:
+        return torch.ones(1, 64, 64, 3)
+    return torch.from_numpy(np.array(picture, dtype=np.float32))[None] / 255
 
 
 def config_of(widgets: dict[str, Any], base: str, device: str) -> TrainingConfig:
@@ -237,6 +252,7 @@ def config_of(widgets: dict[str, Any], base: str, device: str) -> TrainingConfig
         class_prompt=said["class_prompt"].strip(),
         class_pictures=said["class_pictures"],
         class_weight=said["class_weight"],
+        samples=tuple(filter(None, map(str.strip, said["samples"].splitlines()))),
         save_every=max(1, steps // SAVES),
         device=device,
         metadata={"title": said["name"]},

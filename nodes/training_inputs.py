@@ -150,4 +150,13 @@ def advanced_inputs() -> list[Any]:
             advanced=True,
             tooltip="How much pictures of the class count, against 1 of the subject's.",
         ),
+        io.String.Input(
+            "samples",
+            default="",
+            multiline=True,
+            optional=True,
+            advanced=True,
+            tooltip="Prompts, one a line, that are drawn ten times on the way, each time from the "
+            "same noise; the strip of them grows on this node.",
+        ),
     ]

@@ -18,11 +18,10 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ...sd35_core.encoders.autoencoder import PixelSpace
 from ...sd35_core.encoders.described import T5
 from ...sd35_core.encoders.hints import rgb
 from ...sd35_core.errors import SettingError
-from ...sd35_core.network.latent import LATENT_CHANNELS
+from ...sd35_core.network.latent import LATENT_CHANNELS, PIXELS
 from ...sd35_core.network.mmditx import MMDiTX
 from ...sd35_core.pipeline import Pipeline
 from ...sd35_core.training.alone import run_alone
@@ -171,15 +170,32 @@ class _HostPipeline(Pipeline):
         return context, pooled
 
 
-def drawing_with(clip: Any, prompt: str, base: Path) -> Drawing:
-    """How a run on the model in the file `base` draws the class of a prompt; its pictures are kept
-    until the host is started again, for every training that asks for the same."""
-    told = {text: encoding_of(clip, text) for text in ("", prompt)}
+class _HostVae:
+    """The host's VAE as a Pipeline has one; it leaves the device after each use, for the run."""
+
+    cell, channels = PIXELS, LATENT_CHANNELS
+
+    def __init__(self, vae: Any):
+        self.vae = vae
+
+    def decode(self, latents: Tensor) -> Tensor:
+        with torch.inference_mode(), torch.autocast(latents.device.type, enabled=False):
+            pictures = self.vae.decode(latents.float())
+        comfy.model_management.unload_all_models()
+        return pictures.permute(0, 3, 1, 2).clone()
+
+
+def drawing_with(clip: Any, vae: Any, config: TrainingConfig) -> Drawing:
+    """How a run draws its class and its samples; pictures of the class are kept until the host is
+    started again, for every training that asks for the same."""
+    prompt = config.class_prompt
+    told = {text: encoding_of(clip, text) for text in ("", prompt, *config.samples)}
+    decoder: Any = _HostVae(vae)
     caption = caption_examples([told[prompt]], told[""], _clip_l_columns(clip))
-    name = f"sd35_class_{hashed(f'{fingerprint(base)} {prompt}')}"
+    name = f"sd35_class_{hashed(f'{fingerprint(config.start)} {prompt}')}"
 
     def around(network: MMDiTX) -> Pipeline:
-        return _HostPipeline(network, {}, PixelSpace(3), lambda caption: [], told=told)
+        return _HostPipeline(network, {}, decoder, lambda caption: [], told=told)
 
     return Drawing(around, caption, Path(folder_paths.get_temp_directory()) / name)
 
@@ -211,7 +227,8 @@ def train_lora(
     for group in groups:
         for key, tensor in sorted(group.items()):
             marks.update(f"{key}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
-    mark = hashed(f"{replace(config, metadata={})} {marks.hexdigest()}")  # under any name
+    said = replace(config, metadata={}, samples=())  # under any name, whoever watches
+    mark = hashed(f"{said} {marks.hexdigest()}")
     folder = Path(folder_paths.get_temp_directory()) / f"sd35_train_{mark}"
     show = progress()
     interrupted = comfy.model_management.processing_interrupted
@@ -225,10 +242,14 @@ def train_lora(
         own = [{key: tensor.clone() for key, tensor in group.items()} for group in groups]
         path = first_folder("loras") / f"{name}.safetensors"
         with run_alone(replace(config, output=str(folder)), own, captions, drawing) as run:
+            sent = None
 
             def shown(loss: float) -> None:
+                nonlocal sent
                 if not interrupted():
-                    show(run.step, config.steps)
+                    fresh = run.strip if run.strip is not sent else None
+                    sent = run.strip
+                    show(run.step, config.steps, fresh)
 
             try:
                 end_if_cancelled()

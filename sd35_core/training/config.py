@@ -20,8 +20,8 @@ from .lora import SPELLINGS, LoraPlan, checked_spelling
 OBJECTIVES = ("velocity",)
 TIMESTEPS = ("logit-normal", "uniform", "shifted")
 TO_BE_TRAINED = "what is to be trained"
-SAMPLES = "samples"
-"""The folder in a run's with pictures on the way."""
+SAMPLES, STRIP = "samples", "samples.png"
+"""In a run's folder: a folder with pictures on the way, and a strip of them."""
 BEST, CURVE = "best.safetensors", "loss.png"
 """In a run's folder: the best LoRA so far, and the losses."""
 CLASS, CLASS_MARK = "class.safetensors", "sd35_class"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from ..sampling.recipes import RECIPES, recipe_of
 from .config import CLASS, CLASS_MARK, TrainingConfig
 from .dataset import PER_PICTURE, Examples, Size, tokens_of
 from .trained import Trained, without_lora
+
+ROWS, SIDE, BAND = 16, 4096, 16
+"""Of the strip of samples: rows, pixels each way at most, and those above a row for its step."""
 
 
 class Drawing(NamedTuple):
@@ -64,13 +67,48 @@ def own_drawing(
     return Drawing(around, caption, Path(config.output))
 
 
-def sample_row(drawing: Drawing, model: Trained, config: TrainingConfig, size: Size) -> Tensor:
-    """The captions of `samples`, drawn beside each other: (H, W, 3) uint8; size: (width, height)
-    of one. Each time from the same noise."""
+def sample_row(drawing: Drawing, model: Trained, config: TrainingConfig, size: Size) -> Any:
+    """The captions of `samples`, drawn beside each other, each time from the same noise: a picture
+    of Pillow's; size: (width, height) of one."""
+    from PIL import Image
+
     captions = list(config.samples)
     pipeline = drawing.pipeline(model.diffusion_model)
     settings = settings_of(config, model.diffusion_model.config.variant, size)
-    return torch.cat(pipeline.draw(captions, list(range(len(captions))), settings), dim=1)
+    drawn = pipeline.draw(captions, list(range(len(captions))), settings)
+    return Image.fromarray(torch.cat(drawn, dim=1).numpy())
+
+
+def strip_of(folder: Path, step: int) -> Any:
+    """The rows STEP.png of a folder up to a step, one below the other with their steps: a picture
+    of Pillow's with ROWS rows and SIDE pixels each way at most. Of older ones fewer are shown."""
+    from PIL import Image, ImageDraw
+
+    steps = sorted(int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit())
+    rows = []
+    for each in thinned([each for each in steps if each <= step], ROWS):
+        with suppress(OSError), Image.open(folder / f"{each:06}.png") as row:
+            rows.append((each, row.convert("RGB")))
+    width = max(row.width for _, row in rows)
+    share = min(1.0, SIDE / width, (SIDE / len(rows) - BAND) / max(row.height for _, row in rows))
+    sizes = [[max(1, int(share * side)) for side in row.size] for _, row in rows]
+    whole = max(wide for wide, _ in sizes), sum(BAND + high for _, high in sizes)
+    strip, top = Image.new("RGB", whole, "white"), 0
+    for (each, row), (wide, high) in zip(rows, sizes):
+        ImageDraw.Draw(strip).text((2, top + 2), f"step {each}", fill="black")
+        strip.paste(row.resize((wide, high), Image.Resampling.LANCZOS), (0, top + BAND))
+        top += BAND + high
+    return strip
+
+
+def thinned(steps: list[int], most: int) -> list[int]:
+    """At most so many: the newer half as it is, of the older ones some, far apart, the first among
+    them."""
+    if len(steps) <= most:
+        return steps
+    newer = most // 2
+    older, few = steps[:-newer], most - newer
+    return [older[i * (len(older) - 1) // (few - 1)] for i in range(few)] + steps[-newer:]
 
 
 def class_examples(

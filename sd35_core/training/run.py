@@ -2,8 +2,8 @@
 
 In the folder `output` are then state.safetensors, the run itself; model.safetensors, a checkpoint
 for SD35Loader, a ControlNet or a LoRA; best.safetensors, the best LoRA on the way; loss.png, the
-curve of the losses; class.safetensors, pictures of the class; and samples/, pictures on the way.
-`run_alone` keeps other runs out of it.
+curve of the losses; class.safetensors, pictures of the class; samples/, pictures on the way, and
+samples.png, a strip of them. `run_alone` keeps other runs out of it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ..errors import SettingError
 from ..network.latent import to_model
 from ..pipeline import MODEL, STATE, load_vae
 from ..whole_file import sweep, write_picture
-from .config import BEST, CURVE, SAMPLES, TrainingConfig, shape_given
+from .config import BEST, CURVE, SAMPLES, STRIP, TrainingConfig, shape_given
 from .dataset import Examples, Size
-from .drawing import Drawing, class_examples, own_drawing, sample_row
+from .drawing import Drawing, class_examples, own_drawing, sample_row, strip_of
 from .estimate import best_device, check_memory
 from .gathering import check_examples, gather_examples, held_out
 from .history import History
@@ -100,6 +100,7 @@ class Run:
         self.history = History()
         self.best: Judged | None = None
         self.last: Judged | None = None
+        self.strip: Any = None  # of samples, a picture of Pillow's
         self.seen: list[tuple[Tensor, Tensor]] = []  # noise levels and losses of this step
         self.step = 0
 
@@ -282,15 +283,15 @@ class Run:
         return own_drawing(self.config, self.model, vae, tokenize, self.tokenize_t5)
 
     def draw_samples(self) -> None:
-        """Draw the captions of `samples` in a row: samples/STEP.png."""
-        from PIL import Image
-
+        """Draw the captions of `samples` in a row, samples/STEP.png, and add it to the strip."""
         if not self.config.samples:
             return
         with self.averaged() as model:
             row = sample_row(self.drawing, model, self.config, self.size)
-        file = Path(self.config.output) / SAMPLES / f"{self.step:06}.png"
-        write_picture(file, Image.fromarray(row.numpy()), replace=True)
+        folder = Path(self.config.output)
+        write_picture(folder / SAMPLES / f"{self.step:06}.png", row, replace=True)
+        self.strip = strip_of(folder / SAMPLES, self.step)
+        write_picture(folder / STRIP, self.strip, replace=True)
 
     def write_model(self, path: Path) -> None:
         """The moving average in fp16: a single-file SD3.5 checkpoint, with the VAE if known, or

@@ -15,7 +15,7 @@ from ..checkpoint.loading import fill
 from ..checkpoint.tensor_file import StateDict, metadata_of, read_file, write_file
 from ..errors import CheckpointError, SettingError
 from ..pipeline import MODEL, STATE
-from .config import BEST, CLASS, CLASS_MARK, CURVE, SAMPLES, TO_BE_TRAINED
+from .config import BEST, CLASS, CLASS_MARK, CURVE, SAMPLES, STRIP, TO_BE_TRAINED
 from .history import BANDS, History
 from .optimisers import MOMENTS
 
@@ -32,7 +32,7 @@ def check_output(folder: Path) -> None:
     known[CLASS] = CLASS_MARK in metadata_of(folder / CLASS)
     others = [folder / name for name in known if os.path.lexists(folder / name) and not known[name]]
     if not any(known.values()):
-        others += [folder / CURVE] if os.path.lexists(folder / CURVE) else []
+        others += [folder / name for name in (CURVE, STRIP) if os.path.lexists(folder / name)]
         others += sorted(p for p in (folder / SAMPLES).glob("*.png") if p.stem.isdigit())
     if others:
         raise SettingError(

@@ -47,7 +47,7 @@ def train(comfy: SimpleNamespace, parts: Any, monkeypatch: pytest.MonkeyPatch) -
     node = comfy.training.SD35TrainLoRA
     monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id=None))
 
-    def run(**inputs: Any) -> tuple[Any, str, Tensor]:
+    def run(**inputs: Any) -> tuple[Any, str, Tensor, Tensor]:
         given = {"model": parts.model, "clip": parts.clip, "vae": parts.vae, **FEW, **inputs}
         lists = {k: v if isinstance(v, list) else [v] for k, v in given.items()}
         with torch.inference_mode():
@@ -64,10 +64,11 @@ def loras(base: Path) -> Path:
 def test_pictures_become_a_lora_and_the_model_has_it_on(
     comfy: SimpleNamespace, parts: Any, train: Any, images: list[Tensor], loras: Path, ksampler: Any
 ) -> None:
-    model, report, curve = train(images=images, captions=CAPTIONS, trigger="in negative")
+    model, report, curve, blank = train(images=images, captions=CAPTIONS, trigger="in negative")
     path = loras / "test_lora.safetensors"
     assert f"Wrote {path}" in report and "2 pictures, step 4 of 4: loss" in report
     assert curve.shape == (1, 384, 768, 3) and 0 <= float(curve.min()) < float(curve.max()) <= 1
+    assert blank.shape == (1, 64, 64, 3) and bool((blank == 1).all())
     found = lora_in(path, Model(depth=4, hidden=256))
     assert found.layers and found.matched == found.layers
     conds = [comfy.calibration.encoded(parts.clip, text) for text in (CAPTIONS[0], "")]
@@ -77,7 +78,7 @@ def test_pictures_become_a_lora_and_the_model_has_it_on(
     drawn = ksampler(model, **settings)
     assert difference(drawn, ksampler(stock, **settings)) == 0
     assert difference(drawn, ksampler(parts.model, **settings)) > 1e-3
-    _, again, _ = train(images=images, captions=CAPTIONS, seed=1)
+    _, again, *_ = train(images=images, captions=CAPTIONS, seed=1)
     assert "test_lora_2.safetensors" in again, "nothing is replaced"
 
 
@@ -106,11 +107,40 @@ def test_pictures_of_the_class_are_drawn_before_and_once(
         train(**settings)
     assert len(drawn) == 1 and not (loras / "beside.safetensors").exists()
     drawn.append(None)
-    _, report, _ = train(**settings)
+    _, report, *_ = train(**settings)
     assert "2 pictures beside 2 of 'a square', step 1 of 1" in report and len(drawn) == 3
-    _, report, _ = train(**settings, rate=1e-3)
+    _, report, *_ = train(**settings, rate=1e-3)
     assert len(drawn) == 3 and "beside_2.safetensors" in report
     assert torch.isfinite(drawn[0]).all() and drawn[0].abs().mean() > 0.1
+
+
+def test_samples_grow_into_a_strip_on_the_node(
+    comfy: SimpleNamespace, train: Any, images: list[Tensor], parts: Any, ksampler: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Two prompts, a row at each of three steps; the last is as KSampler draws it, but for bf16."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    sent: list[Any] = []
+    bar = comfy.utils.ProgressBar
+    monkeypatch.setattr(
+        bar, "update_absolute", lambda self, done, total, preview=None: sent.append(preview)
+    )
+    settings = {"images": images, "captions": CAPTIONS, "steps": 3, "name": "strip"}
+    model, _, _, strip = train(**settings, samples="a red square\n\n a green ring ")
+    assert strip.shape == (1, 3 * (128 + 16), 256, 3)
+    rows = strip[0].view(3, 144, 256, 3)[:, 16:]
+    assert (rows[0] - rows[2]).abs().max() > 0.01, "it learned"
+    grown = [preview for preview in sent if preview is not None]
+    assert [preview[1].height for preview in grown] == [144, 288] and grown[0][0] == "JPEG"
+    cond, empty = (comfy.calibration.encoded(parts.clip, text) for text in ("a red square", ""))
+    shifted = ModelSamplingSD3().patch(model, 1.0)[0]
+    latent = ksampler(
+        shifted, seed=0, steps=28, scheduler="simple", positive=cond, negative=empty
+    )  # fmt: skip
+    alone = parts.vae.decode(latent)[0]
+    away = float((alone - rows[2, :, :128]).abs().mean())
+    assert away < 0.02, away
 
 
 def test_captions_of_any_length_share_a_batch(
@@ -155,7 +185,7 @@ def test_a_cancelled_run_leaves_a_lora_and_goes_on(
     monkeypatch.setattr(inner, "advance", advance)
     seen: list[int] = []
     monkeypatch.setattr(inner, "advance", lambda run: seen.append(run.step) or advance(run))
-    _, report, _ = train(**settings)
+    _, report, *_ = train(**settings)
     assert seen == [2, 3] and "step 4 of 4" in report
 
 
@@ -198,7 +228,7 @@ def test_a_better_one_on_the_way_is_kept_beside_the_last(
         return loss
 
     monkeypatch.setattr(inner, "advance", spoilt)
-    _, report, _ = train(images=images, captions=CAPTIONS, name="spoilt", seed=3)
+    _, report, *_ = train(images=images, captions=CAPTIONS, name="spoilt", seed=3)
     best = loras / "spoilt_best.safetensors"
     said = metadata_of(best)["ss_steps"]
     assert said in ("1", "2", "3")
@@ -237,7 +267,7 @@ def test_a_folder_in_the_hosts_input_does_instead(
     for colour in ("red", "blue"):
         Image.new("RGB", (96, 64), colour).save(folder / f"{colour}.png")
         (folder / f"{colour}.txt").write_text(f"a {colour} square", encoding="utf-8")
-    _, report, _ = train(folder="mine", name="of_folder", steps=1)
+    _, report, *_ = train(folder="mine", name="of_folder", steps=1)
     assert "2 pictures, step 1 of 1" in report
     for outside in ("..", str(tmp_path), "nowhere", "mine/../.."):
         with pytest.raises(Exception, match="no folder in ComfyUI's input folder"):
@@ -280,5 +310,5 @@ def test_a_turbo_base_is_warned_of(
     base = tmp_path / "sd3.5_large_turbo.safetensors"
     shutil.copy(NANO, base)
     model = comfy.loading.load_model(str(base), "default")
-    _, report, _ = train(model=model, images=images, captions=CAPTIONS, steps=1, name="turbo")
+    _, report, *_ = train(model=model, images=images, captions=CAPTIONS, steps=1, name="turbo")
     assert "This is Large Turbo by its file's name" in report
