@@ -188,7 +188,7 @@ class Pipeline:
         y: Tensor,
         settings: Settings,
         hint: Tensor | None = None,
-        on_step: Callable[[], object] = lambda: None,
+        on_step: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Noise (B, C, H, W) drawn to latents on the model's scale; context and y hold the rows of
         the captions, then the negative ones. `on_step` hears of every step."""
@@ -198,9 +198,8 @@ class Pipeline:
             denoise = paced(denoise, settings, sigmas)
         inputs = {"context": context, "y": y}
         with torch.autocast(self.device.type, torch.bfloat16):
-            return SAMPLERS[settings.sampler](
-                denoise, noise.to(self.device), sigmas, inputs, lambda _: on_step()
-            )
+            sample = SAMPLERS[settings.sampler]
+            return sample(denoise, noise.to(self.device), sigmas, inputs, lambda _: on_step())
 
     def denoised(
         self,

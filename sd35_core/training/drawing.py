@@ -116,7 +116,7 @@ def class_examples(
     model: Trained,
     config: TrainingConfig,
     groups: Sequence[Examples],
-    drawn: Callable[[int, int], object],
+    drawn: Callable[[int, int], None],
     interrupted: Callable[[], bool],
 ) -> Examples | None:
     """Pictures of the class by the base alone, in the shape that most of `groups` have; None where
@@ -162,8 +162,8 @@ def _kept(path: Path, about: str, shape: Sequence[int]) -> Tensor:
     if path.exists():
         with suppress(CheckpointError):
             tensors, said = read_file(path)
-            latents = tensors.get("latents")
-            fits = latents is not None and latents.shape[1:] == tuple(shape)
-            if fits and said.get(CLASS_MARK) == about and latents.dtype == torch.float16:
+            latents = tensors.get("latents", torch.empty(0))
+            fits = latents.dtype == torch.float16 and latents.shape[1:] == tuple(shape)
+            if fits and said.get(CLASS_MARK) == about:
                 return latents
     return torch.empty(0, *shape, dtype=torch.float16)

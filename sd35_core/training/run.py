@@ -313,7 +313,7 @@ class Run:
         self,
         show: Callable[[float], object] = lambda loss: None,
         interrupted: Callable[[], bool] = lambda: False,
-        drawn: Callable[[int, int], object] = lambda count, total: None,
+        drawn: Callable[[int, int], None] = lambda count, total: None,
     ) -> Path:
         """Train to the last step, or to the step at which it is interrupted, and save; the file of
         what was learned. `show` hears the loss of every step, `drawn` how many pictures of the
