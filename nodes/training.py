@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..sd35_core.errors import SettingError
 from ..sd35_core.sampling.recipes import TURBO
 from ..sd35_core.training.config import TIMESTEPS, TrainingConfig
-from ..sd35_core.training.lora import SPELLINGS, TARGETS
+from ..sd35_core.training.lora import SPELLINGS
 from ..sd35_core.workflow.headers import model_named
 from ..sd35_core.workflow.lora_files import lora_in, lora_words
 from ..sd35_core.workflow.own_nodes import NAMES
@@ -20,6 +20,7 @@ from ..sd35_core.workflow.setup import Lora
 from .host.loading import file_of
 from .host.report import told
 from .host.training import (
+    drawing_with,
     encoded_examples,
     end_if_cancelled,
     pictures_given,
@@ -27,14 +28,16 @@ from .host.training import (
     train_lora,
     with_lora,
 )
+from .training_inputs import CHOICES, PRECISIONS, advanced_inputs
 
-CHOICES = {" + ".join(list(TARGETS)[:count]): tuple(TARGETS)[:count] for count in (1, 2, 3)}
-"""Layers to change, as the widget names them."""
-PRECISIONS = ("bf16", "fp32")
 SAVES = 10
 """Times that a run is saved on its way, and its best found."""
 FILE_NAME = re.compile(r"[\w][\w .+-]{0,99}")
 MOST_BYTES = 200
+WARNED = (
+    "This is Large Turbo by its file's name: training makes it forget how to draw in 4 steps. "
+    "Train on Large, and use the LoRA on Turbo."
+)
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 """Names that Windows keeps for its devices."""
 
@@ -138,100 +141,7 @@ class SD35TrainLoRA(io.ComfyNode):
                     control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="The same seed and settings give the same LoRA on the same machine.",
                 ),
-                io.Combo.Input(
-                    "targets",
-                    options=list(CHOICES),
-                    optional=True,
-                    advanced=True,
-                    tooltip="The layers that change. attention keeps anatomy best; modulation "
-                    "(adaLN) changes most.",
-                ),
-                io.String.Input(
-                    "blocks",
-                    default="",
-                    optional=True,
-                    advanced=True,
-                    tooltip="The blocks that change, such as 0-11; empty for all. For Large also "
-                    "composition (12-24) or detail (30-37), after Stability AI's guide.",
-                ),
-                io.Float.Input(
-                    "alpha",
-                    default=0.0,
-                    min=0.0,
-                    max=1024.0,
-                    optional=True,
-                    advanced=True,
-                    tooltip="The change is multiplied by alpha / rank; 0 takes the rank.",
-                ),
-                io.Boolean.Input(
-                    "rank_stabilised",
-                    default=False,
-                    optional=True,
-                    advanced=True,
-                    tooltip="alpha / sqrt(rank) instead (rsLoRA): as strong at every rank.",
-                ),
-                io.Combo.Input(
-                    "timesteps",
-                    options=list(TIMESTEPS),
-                    optional=True,
-                    advanced=True,
-                    tooltip="How noisy the pictures of a step are. logit-normal: most at the "
-                    "middle, as SD3 was trained; shifted: more noise, for composition.",
-                ),
-                io.Float.Input(
-                    "caption_dropout",
-                    default=0.1,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="The share of pictures without caption: guidance (cfg) needs some.",
-                ),
-                io.Float.Input(
-                    "encoder_dropout",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="The share that goes without each text encoder, as SD3 was trained "
-                    "(0.46), so that it draws without T5 too.",
-                ),
-                io.Int.Input(
-                    "accumulate",
-                    default=1,
-                    min=1,
-                    max=1024,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Batches in a step, one after the other: as a larger batch, in the "
-                    "memory of one.",
-                ),
-                io.Boolean.Input(
-                    "checkpointing",
-                    default=True,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Blocks are computed twice in place of being kept: slower, in a "
-                    "fraction of the memory.",
-                ),
-                io.Combo.Input(
-                    "precision",
-                    options=list(PRECISIONS),
-                    optional=True,
-                    advanced=True,
-                    tooltip="Of the sums; the LoRA itself learns in fp32. There is no fp16: "
-                    "gradients of a mean over a picture are too small for it.",
-                ),
-                io.Combo.Input(
-                    "keys",
-                    options=list(SPELLINGS),
-                    optional=True,
-                    advanced=True,
-                    tooltip="Whose names the file has. ComfyUI reads all three.",
-                ),
+                *advanced_inputs(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the LoRA on, at strength 1."),
@@ -242,6 +152,11 @@ class SD35TrainLoRA(io.ComfyNode):
                     display_name="curve",
                     tooltip="The loss over the steps: all in black, and for each part of the "
                     "noise levels.",
+                ),
+                io.Image.Output(
+                    display_name="samples",
+                    tooltip="The prompts of samples as they were drawn on the way, a row each "
+                    "time; white where there are none.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -273,23 +188,35 @@ class SD35TrainLoRA(io.ComfyNode):
             raise SettingError("Connect captions: a text for each image, or one for all.")
         config = config_of(one, str(base), str(model.load_device))
         groups = encoded_examples(pictures, one["clip"], one["vae"])
-        path, run = train_lora(config, name, pictures, groups)
+        prompt = config.class_prompt
+        drawing = None
+        if prompt or config.samples:
+            drawing = drawing_with(one["clip"], one["vae"], config)
+        path, run, better = train_lora(config, name, pictures, groups, drawing)
         known = model_named(base.name)
-        warned = (
-            "This is Large Turbo by its file's name: training makes it forget how to draw in 4 "
-            "steps. Train on Large, and use the LoRA on Turbo.\n"
-            if known is not None and known.recipe == TURBO
-            else ""
+        turbo = known is not None and known.recipe == TURBO
+        beside = f" beside {config.class_pictures} of '{prompt}'" if prompt else ""
+        how_far = f"step {run.step} of {config.steps}: {run.history.words()}"
+        lines = (
+            f"Wrote {path}. Press R to see it in the loaders.",
+            WARNED if turbo else "",
+            f"{len(pictures)} pictures{beside}, {how_far}",
+            better,
+            lora_words(Lora(path.name, 1.0, lora_in(path))),
         )
-        text = (
-            f"Wrote {path}. Press R to see it in the loaders.\n{warned}"
-            f"{len(pictures)} pictures, step {run.step} of {config.steps}: {run.history.words()}\n"
-            f"{lora_words(Lora(path.name, 1.0, lora_in(path)))}"
-        )
+        text = "\n".join(filter(None, lines))
         shown = told(text, cls.hidden.unique_id)
         end_if_cancelled()
-        curve = torch.from_numpy(np.array(run.history.curve(), dtype=np.float32))[None] / 255
-        return io.NodeOutput(with_lora(model, path), text, curve, ui={"text": (text,), **shown})
+        pictures = (as_image(each) for each in (run.history.curve(), run.strip))
+        trained = with_lora(model, path)
+        return io.NodeOutput(trained, text, *pictures, ui={"text": (text,), **shown})
+
+
+def as_image(picture: Any) -> torch.Tensor:
+    """An IMAGE of a picture of Pillow's; a small white one of none."""
+    if picture is None:
+        return torch.ones(1, 64, 64, 3)
+    return torch.from_numpy(np.array(picture, dtype=np.float32))[None] / 255
 
 
 def config_of(widgets: dict[str, Any], base: str, device: str) -> TrainingConfig:
@@ -321,6 +248,11 @@ def config_of(widgets: dict[str, Any], base: str, device: str) -> TrainingConfig
         timesteps=said["timesteps"],
         bf16=said["precision"] == PRECISIONS[0],
         seed=said["seed"],
+        held_out=said["held_out"],
+        class_prompt=said["class_prompt"].strip(),
+        class_pictures=said["class_pictures"],
+        class_weight=said["class_weight"],
+        samples=tuple(filter(None, map(str.strip, said["samples"].splitlines()))),
         save_every=max(1, steps // SAVES),
         device=device,
         metadata={"title": said["name"]},

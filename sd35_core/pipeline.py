@@ -166,25 +166,40 @@ class Pipeline:
         the model's scale.
         """
         pictures: list[Tensor] = []
-        sigmas = make_sigmas(settings.steps, settings.shift, settings.schedule)
         for start in range(0, len(captions), BATCH):
             part = captions[start : start + BATCH]
             seeds_of_part = seeds[start : start + BATCH]
             size = settings.size or self.size
             noise = torch.cat([self.noise(seed, size) for seed in seeds_of_part])
-            context, y = self.encode([*part, *[settings.negative] * len(part)], settings.without)
+            prompts = self.encode([*part, *[settings.negative] * len(part)], settings.without)
             hint = None if hints is None else hints[start : start + BATCH].to(self.device)
-            denoise = partial(self.denoised, settings=settings, sigmas=sigmas, hint=hint)
-            if settings.pace:
-                denoise = paced(denoise, settings, sigmas)
-            inputs = {"context": context, "y": y}
-            sample = SAMPLERS[settings.sampler]
+            latent = self.latents(noise, *prompts, settings, hint)
             with torch.autocast(self.device.type, torch.bfloat16):
-                latent = sample(denoise, noise.to(self.device), sigmas, inputs)
                 pixels = self.autoencoder.decode(from_model(latent)).float().clamp(0, 1)
             pictures += (255 * pixels).round().byte().permute(0, 2, 3, 1).cpu().contiguous()
             on_done(len(pictures))
         return pictures
+
+    @torch.no_grad()
+    def latents(
+        self,
+        noise: Tensor,
+        context: Tensor,
+        y: Tensor,
+        settings: Settings,
+        hint: Tensor | None = None,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """Noise (B, C, H, W) drawn to latents on the model's scale; context and y hold the rows of
+        the captions, then the negative ones. `on_step` hears of every step."""
+        sigmas = make_sigmas(settings.steps, settings.shift, settings.schedule)
+        denoise = partial(self.denoised, settings=settings, sigmas=sigmas, hint=hint)
+        if settings.pace:
+            denoise = paced(denoise, settings, sigmas)
+        inputs = {"context": context, "y": y}
+        with torch.autocast(self.device.type, torch.bfloat16):
+            sample = SAMPLERS[settings.sampler]
+            return sample(denoise, noise.to(self.device), sigmas, inputs, lambda _: on_step())
 
     def denoised(
         self,

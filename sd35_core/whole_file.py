@@ -1,4 +1,5 @@
-"""Files that are whole or not there: the only way in which this pack and its tools write one.
+"""Files that are whole or not there: the only way in which this pack and its tools write one; and
+files that are held, so that two don't write at once.
 
 Standard library alone, so that automation and tools can use it before there is a torch.
 """
@@ -9,8 +10,10 @@ import errno
 import functools
 import io
 import os
+import platform
 import re
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +31,10 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _NEW |= sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"))
 _IN_USE = (5, 32, 33)
 """Windows' errors for a file that another program has open."""
+_HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+"""The systems' errors for a lock that another has."""
+_LOCKED_BYTE = 1 << 20
+"""Of a lock's file on Windows, where what is locked can't be read: far behind the words."""
 _ROOM = "Make room on the disk or choose another folder"
 _RIGHT = "You may not write there; choose another folder"
 _ADVICE = {
@@ -43,6 +50,10 @@ _ADVICE = {
 
 class WriteError(OSError):
     """A file that could not be written: which, how large, why, and what to do."""
+
+
+class HeldError(OSError):
+    """A lock that another has: what that says of itself."""
 
 
 def write_whole(
@@ -112,6 +123,59 @@ def sweep(folder: str | Path, seconds: float = OLD_SECONDS) -> None:
                 with suppress(OSError):
                     if time.time() - entry.stat(follow_symlinks=False).st_mtime > seconds:
                         os.unlink(entry.path)
+
+
+@contextmanager
+def held_file(path: str | Path) -> Iterator[bool]:
+    """Hold a file as a lock, which no other process and no other part of this one has then.
+
+    The system lets go of it when the process ends, however it ends; what is left of the file keeps
+    nobody out. False on a file system without locks, where nobody is kept out.
+
+    Raises HeldError at once where another has it, WriteError where no file can be.
+    """
+    target = Path(path)
+    with _worded(target, None):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+        handle = os.open(target, flags, 0o666)
+    try:
+        locked = _locked(handle, target)
+        with suppress(OSError):  # words for others, who can do without
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
+        try:
+            yield locked
+        finally:
+            with suppress(OSError):  # Windows keeps a file that is open
+                target.unlink()
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int, path: Path) -> bool:
+    """False where the file system can't. Raises HeldError."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            os.lseek(handle, 0, os.SEEK_SET)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _HELD:
+            return False
+        whose = "its lock is held"
+        with suppress(OSError, ValueError):
+            whose = path.read_text(encoding="utf-8")
+        raise HeldError(printable(whose, 100)) from error
+    if not os.fstat(handle).st_nlink:  # who held it took the file away in this moment
+        raise HeldError("it has just ended")
+    return True
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """SD3.5's network as others have it, with the same weights: what tools/bench.py compares with.
 
-ComfyUI's own model comes with the host. diffusers is fetched into the cache once; it is not
-needed for anything else.
+ComfyUI's own model comes with the host. diffusers is fetched into the cache once, and for tests of
+LoRAs peft; they are not needed for anything else.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from sd35_core.network.controlnet import ControlNetConfig, ControlNetEmbedder
 from tools import install
 
 DIFFUSERS = ["diffusers==0.42.1", "importlib_metadata==10.2.0", "zipp==4.1.2"]
+PEFT = ["peft==0.21.2", "accelerate==1.15.0"]
+"""What diffusers reads LoRAs with."""
 
 Call = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(x, timestep, context, y) -> velocity."""
@@ -124,13 +126,31 @@ def with_attention(name: str, network: Call, *inputs: Tensor, **options: Any) ->
 
 def diffusers(config: MMDiTXConfig, weights: StateDict, device: Any) -> Call:
     """diffusers' SD3Transformer2DModel."""
-    folder = install.cache_root() / "bench"
-    if not (folder / "diffusers").is_dir():
-        install.say("Fetching diffusers for the comparison ...")
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        subprocess.run([*pip, "--no-deps", "--target", str(folder), *DIFFUSERS], check=True)
+    network = diffusers_network(config, weights, device)
+
+    def call(x: Tensor, timestep: Tensor, context: Tensor, y: Tensor, **options: Any) -> Tensor:
+        return network(x, context, y, timestep, return_dict=False, **options)[0]
+
+    return call
+
+
+def fetched(name: str, packages: list[str]) -> None:
+    """Have Python find packages in a folder of the cache, where they are put once."""
+    folder = install.cache_root() / name
+    first = packages[0].partition("==")[0]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with install.locked(folder.with_suffix(".lock")):
+        if not (folder / first).is_dir():
+            install.say(f"Fetching {first} for the comparison ...")
+            pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+            subprocess.run([*pip, "--no-deps", "--target", str(folder), *packages], check=True)
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
+
+
+def diffusers_network(config: MMDiTXConfig, weights: StateDict, device: Any) -> Any:
+    """diffusers' SD3Transformer2DModel itself."""
+    fetched("bench", DIFFUSERS)
     from diffusers.models.transformers.transformer_sd3 import (  # pyright: ignore
         SD3Transformer2DModel,
     )
@@ -151,12 +171,7 @@ def diffusers(config: MMDiTXConfig, weights: StateDict, device: Any) -> Call:
             dual_attention_layers=config.dual_blocks,
             qk_norm="rms_norm" if config.qk_norm else None,
         )
-    network = filled(network, to_diffusers(weights, config), device)
-
-    def call(x: Tensor, timestep: Tensor, context: Tensor, y: Tensor, **options: Any) -> Tensor:
-        return network(x, context, y, timestep, return_dict=False, **options)[0]
-
-    return call
+    return filled(network, to_diffusers(weights, config), device)
 
 
 def filled(network: Any, weights: StateDict, device: Any) -> Any:

@@ -157,7 +157,7 @@ SAME_SEED = {"compare", "quantize", "sweep", "train_lora"}
 
 FILL = """({prompt, note, fixed}) => {
     const graph = window.app.graph;
-    const words = {SD35Quantize: 320, SD35SkipLayerSweep: 60, SD35TrainLoRA: 160};
+    const words = {SD35Quantize: 320, SD35SkipLayerSweep: 60, SD35TrainLoRA: 64};
     for (const [id, {inputs}] of Object.entries(prompt)) {
         const node = graph.getNodeById(id);
         const [width, height] = node.computeSize();

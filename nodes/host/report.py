@@ -11,18 +11,21 @@ import comfy.utils
 from server import PromptServer
 
 log = logging.getLogger("sd35")
+PREVIEW_SIDE = 1024
+"""Pixels each way at most of a picture that is shown while a node works."""
 EVENT = "sd35.report"
 KEY = "sd35_report"
 """Under which the page (web/sd35.js) hears a report at once, and finds it among outputs."""
 
 
-def progress() -> Callable[[int, int], None]:
-    """(done, total) -> the bar on the canvas; raises when the person has cancelled."""
+def progress() -> Callable[..., None]:
+    """(done, total, a picture of Pillow's or None) -> the bar on the canvas, and the picture on the
+    node; raises when the person has cancelled."""
     bar = comfy.utils.ProgressBar(1)
 
-    def show(done: int, total: int) -> None:
+    def show(done: int, total: int, picture: Any = None) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, total)
+        bar.update_absolute(done, total, picture and ("JPEG", picture, PREVIEW_SIDE))
 
     return show
 

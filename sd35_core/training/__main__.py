@@ -18,9 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import SD35Error
+from .alone import run_alone
 from .config import read_config
 from .lora import SPELLINGS, checked_spelling
-from .run import Run
 from .watching import log, train
 
 
@@ -39,9 +39,8 @@ def main(arguments: list[str]) -> int:
         config = read_config(Path(name), {"lora_rank": 16} if lora else {})
         if keys:
             config = replace(config, lora_keys=checked_spelling(keys[0], "--keys"))
-        run = Run(config)
-        run.resume()
-        train(run)
+        with run_alone(config) as run:
+            train(run)
     except (SD35Error, OSError) as error:
         log.error(str(error))
         return 1

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import os
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.tensor_file import metadata_of
 from ..errors import SettingError
 from ..limits import PATCH
 from ..network.config import CONTEXT_WIDTH, MMDiTXConfig
 from ..network.controlnet import CONTROL_TYPES
 from ..network.latent import LATENT_CHANNELS, PIXELS
-from ..pipeline import MODEL, STATE
 from .dataset import Size
 from .lora import SPELLINGS, LoraPlan, checked_spelling
 
 OBJECTIVES = ("velocity",)
 TIMESTEPS = ("logit-normal", "uniform", "shifted")
 TO_BE_TRAINED = "what is to be trained"
-SAMPLES = "samples"
-"""The folder in a run's with pictures on the way."""
+SAMPLES, STRIP = "samples", "samples.png"
+"""In a run's folder: a folder with pictures on the way, and a strip of them."""
 BEST, CURVE = "best.safetensors", "loss.png"
 """In a run's folder: the best LoRA so far, and the losses."""
+CLASS, CLASS_MARK = "class.safetensors", "sd35_class"
+"""In a run's folder: pictures of the class, and what they are of."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,13 @@ class TrainingConfig:
     """Whose names its file has: diffusers, kohya or comfyui. ComfyUI reads all three."""
     trigger: str = ""
     """Words of the captions that call what a LoRA learned; managers show them."""
+    class_prompt: str = ""
+    """What the subject is one of, such as "a dog": the model itself draws pictures of it before,
+    and a LoRA learns from one of them beside each of the subject's, so that not every dog becomes
+    that one. Needs `tokenizer`, `text_encoders`, and `vae` or `pixels`."""
+    class_pictures: int = 50
+    class_weight: float = 1.0
+    """How much they count, against 1 of the subject's."""
     checkpoint: bool = False
     """Keep no block's inner values for the way back: a third slower, in a fraction of the
     memory."""
@@ -256,13 +263,16 @@ def read_config(path: Path, defaults: Mapping[str, Any] = {}) -> TrainingConfig:
         check_controlnet(config, path.name)
     if config.lora_rank:
         check_lora(config, path.name)
-    if config.images or config.samples:
+    if config.class_prompt:
+        check_class(config, path.name)
+    if config.images or config.samples or config.class_prompt:
         given = {"vae": config.vae or config.pixels, "tokenizer": config.tokenizer}
         if config.t5xxl:
             given["tokenizer_t5"] = config.tokenizer_t5
         lacking = [name for name, value in given.items() if not value]
         if lacking:
-            why = "images" if config.images else "samples"
+            drawn = "samples" if config.samples else "class_prompt"
+            why = "images" if config.images else drawn
             raise SettingError(f"'{path.name}': '{why}' needs the key '{lacking[0]}' too.")
     return config
 
@@ -303,6 +313,21 @@ def check_lora(config: TrainingConfig, name: str) -> None:
     checked_spelling(config.lora_keys, f"'{name}': lora_keys")
 
 
+def check_class(config: TrainingConfig, name: str) -> None:
+    """Raise SettingError unless pictures of a class can be learned beside."""
+    if not config.lora_rank or not config.text_encoders:
+        raise SettingError(
+            f"'{name}': class_prompt is for a LoRA (lora_rank) on a model whose text encoders stay "
+            "as they are (text_encoders)."
+        )
+    if config.class_pictures < 1 or not 0 < config.class_weight < math.inf:
+        raise SettingError(
+            f"'{name}': class_pictures is {config.class_pictures} and class_weight "
+            f"{config.class_weight:g}; with a class_prompt they are at least 1 and above 0. Leave "
+            "class_prompt out to learn without pictures of a class."
+        )
+
+
 def shape_given(network: MMDiTXConfig) -> dict[str, Any]:
     """What of a TrainingConfig a given network decides."""
     return {
@@ -312,20 +337,3 @@ def shape_given(network: MMDiTXConfig) -> dict[str, Any]:
         "context_dim": network.context_dim,
         "patch": network.patch_size,
     }
-
-
-def check_output(folder: Path) -> None:
-    """Raise SettingError where a run would replace what no training wrote."""
-    state = metadata_of(folder / STATE)
-    known = {STATE: "step" in state and "config" in state}
-    for name in (MODEL, BEST):
-        known[name] = "steps_trained" in metadata_of(folder / name).get("sd35_config", "")
-    others = [folder / name for name in known if os.path.lexists(folder / name) and not known[name]]
-    if not any(known.values()):
-        others += [folder / CURVE] if os.path.lexists(folder / CURVE) else []
-        others += sorted(p for p in (folder / SAMPLES).glob("*.png") if p.stem.isdigit())
-    if others:
-        raise SettingError(
-            f"'{others[0]}' was not written by a training, or is damaged, and this run would "
-            "replace it. Choose another folder as 'output', or move that file away."
-        )

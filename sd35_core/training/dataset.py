@@ -22,8 +22,12 @@ Examples = dict[str, Tensor]
 tokens_l_empty and tokens_g_empty (77,), the caption without words; tokens_t5 (N, L) and
 tokens_t5_empty (L,) where T5 reads too. Captions that a host encoded have in place of tokens
 context (N, L, C) and pooled (N, P), those of the caption without words, context_empty (L, C) and
-pooled_empty (P,), and clip (2,): the number of the CLIPs' rows, and of CLIP-L's columns."""
-PER_PICTURE = ("latents", "tokens_l", "tokens_g", "tokens_t5", "hints", "context", "pooled")
+pooled_empty (P,), and clip (2,): the number of the CLIPs' rows, and of CLIP-L's columns. Where
+captions are not equally long, rows (N, 2) int64 and rows_empty (2,) are how many of the CLIPs' rows
+and of T5's count; those behind stand for words that are not there."""
+PER_PICTURE = (
+    "latents", "tokens_l", "tokens_g", "tokens_t5", "hints", "context", "pooled", "rows",
+)  # fmt: skip
 """Tensors of examples whose rows are pictures; the others hold for all."""
 
 Size = tuple[int, int]
@@ -240,6 +244,7 @@ def read_examples_file(path: str) -> Examples:
     wanted = ("latents", "tokens_l", "tokens_g", "tokens_l_empty", "tokens_g_empty")
     if "context" in tensors:
         wanted = ("latents", "pooled", "context_empty", "pooled_empty", "clip")
+        wanted += ("rows_empty",) if "rows" in tensors else ()
     missing = [name for name in wanted if name not in tensors]
     if missing:
         raise SettingError(f"'{path}' has no examples to train on: it lacks {missing[0]}.")

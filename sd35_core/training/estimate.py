@@ -231,6 +231,13 @@ def _advice(config: TrainingConfig, scene: Scene, fused: bool, needed: int, free
     return f"What would do with less: {'; '.join(said)}."
 
 
+def best_device() -> str:
+    """cuda or mps where there is one, else cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes; None where that can't be told."""
     if device.type == "cuda":

@@ -39,3 +39,16 @@ def optimisers(
     if matrices:
         found.append(Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings))
     return found
+
+
+def optimiser_of_each(
+    learning: Mapping[str, nn.Parameter], optimisers: list[torch.optim.Optimizer]
+) -> dict[str, torch.optim.Optimizer]:
+    """The name of each parameter that learns -> what changes it."""
+    names = {id(parameter): name for name, parameter in learning.items()}
+    return {
+        names[id(parameter)]: optimiser
+        for optimiser in optimisers
+        for group in optimiser.param_groups
+        for parameter in group["params"]
+    }

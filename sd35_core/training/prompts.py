@@ -67,34 +67,51 @@ def read_prompts(
 def _encoded(
     examples: Examples, chosen: Tensor, uncaptioned: Tensor, kept: Tensor, with_t5: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same of captions that a host encoded: the CLIPs' rows first, T5's behind them.
+    """The same of captions that a host encoded: the CLIPs' rows first, T5's behind them, both as
+    long as the batch's longest.
 
-    Where the caption without words has another length, the first of a batch decides for all.
+    Where it is not said how long each is, all are alike; where the caption without words then has
+    another length, the first of a batch decides for all.
     """
     context, pooled = (examples[name][chosen].float() for name in ("context", "pooled"))
     empty, silent = (examples[f"{name}_empty"].float() for name in ("context", "pooled"))
+    clips, left = examples["clip"].tolist()
     if len(empty) == context.shape[1]:
         context[uncaptioned], pooled[uncaptioned] = empty, silent
     elif bool(uncaptioned[0]):
         context = empty.expand(len(chosen), -1, -1).clone()
         pooled = silent.expand(len(chosen), -1).clone()
-    rows, left = examples["clip"].tolist()
     keep = kept[:, :, None].float()
     sides = (slice(0, left), slice(left, pooled.shape[1]))
     for side, share in zip(sides, keep):
-        context[:, :rows, side] *= share[:, :, None]
+        context[:, :clips, side] *= share[:, :, None]
         pooled[:, side] *= share
-    return context if with_t5 else context[:, :rows], pooled
+    longest = clips, context.shape[1] - clips
+    if "rows" in examples:
+        rows = examples["rows"][chosen]
+        rows[uncaptioned] = examples["rows_empty"]
+        longest = rows.amax(dim=0).tolist()
+    parts = [context[:, : longest[0]]]
+    if with_t5:
+        parts.append(context[:, clips : clips + longest[1]])
+    return torch.cat(parts, dim=1), pooled
 
 
 def check_encoded(examples: Examples, context_dim: int, pooled_dim: int) -> None:
-    """Raise SettingError for encoded captions that are another model's."""
+    """Raise SettingError for encoded captions that are another model's, or damaged."""
     seen = examples["context"].shape[-1], examples["pooled"].shape[-1]
     if seen != (context_dim, pooled_dim):
         raise SettingError(
             f"The captions are encoded in widths of {seen[0]} and {seen[1]} (pooled); this model "
             f"takes {context_dim} and {pooled_dim}. Encode them with this model's text encoders."
         )
+    if "rows" in examples:
+        shapes = tuple(examples["rows"].shape), tuple(examples["rows_empty"].shape)
+        if shapes != ((len(examples["context"]), 2), (2,)):
+            raise SettingError(
+                f"The encoded captions' rows have the shapes {shapes[0]} and {shapes[1]}, expected "
+                f"{(len(examples['context']), 2)} and (2,): a number for the CLIPs and one for T5."
+            )
     if not torch.isfinite(examples["context"]).all():
         raise SettingError(
             "The encoded captions hold values that are no numbers. Encode them with text encoders "

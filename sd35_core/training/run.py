@@ -2,14 +2,15 @@
 
 In the folder `output` are then state.safetensors, the run itself; model.safetensors, a checkpoint
 for SD35Loader, a ControlNet or a LoRA; best.safetensors, the best LoRA on the way; loss.png, the
-curve of the losses; and samples/, pictures on the way.
+curve of the losses; class.safetensors, pictures of the class; samples/, pictures on the way, and
+samples.png, a strip of them. `run_alone` keeps other runs out of it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,22 +27,21 @@ from ..encoders.text_encoder import KINDS, tokenizer
 from ..errors import SettingError
 from ..network.latent import to_model
 from ..network.layers import JointBlock
-from ..pipeline import MODEL, STATE, Pipeline, Settings, load_vae
+from ..pipeline import MODEL, STATE, load_vae
 from ..whole_file import sweep, write_picture
-from .config import BEST, CURVE, SAMPLES, TrainingConfig, check_output, shape_given
+from .config import BEST, CURVE, SAMPLES, STRIP, TrainingConfig, shape_given
 from .dataset import Examples, Size
-from .estimate import check_memory
+from .drawing import Drawing, class_examples, own_drawing, sample_row, strip_of
+from .estimate import best_device, check_memory
 from .gathering import check_examples, gather_examples, held_out
 from .history import History
+from .judging import JUDGED, Judged, judged_before
 from .objective import crops, draw_timesteps, flow_losses
-from .optimisers import optimisers
+from .optimisers import optimiser_of_each, optimisers
 from .prompts import dropouts, read_prompts
-from .state import read_state, write_state
+from .state import check_output, read_state, write_state
 from .trained import Trained, to_be_trained, trainable_base
-from .written import learned, lora_metadata
-
-JUDGED = 8
-"""Batches by which the best is found."""
+from .written import about_run, learned, lora_metadata
 
 
 class DivergedError(SettingError):
@@ -59,8 +59,10 @@ class Run:
         config: TrainingConfig,
         groups: list[Examples] | None = None,
         captions: Sequence[str] = (),
+        drawing: Drawing | None = None,
     ):
-        """`groups` and their `captions` are examples that are at hand already."""
+        """`groups` and their `captions` are examples that are at hand already; `drawing` is for
+        runs whose text encoders and VAE are another program's."""
         check_output(Path(config.output))
         encoders = load_encoders(TensorFile(config.text_encoders)) if config.text_encoders else {}
         sizes = {name: encoder.config.size for name, encoder in encoders.items()}
@@ -85,6 +87,8 @@ class Run:
         shape = network.config if network else config.network
         check_examples(groups, config, shape.pooled_dim)
         self.groups, self.held_out = held_out(groups, config)
+        self.of_class: list[Examples] = []
+        self.given = drawing
         torch.manual_seed(config.seed)
         self.model = to_be_trained(config, network, encoders)
         self.model.to(self.device)
@@ -98,20 +102,17 @@ class Run:
         self.optimisers = optimisers(self.learning, config)
         self.average = {k: p.detach().clone() for k, p in self.learning.items()}
         self.dropouts = dropouts(config.encoder_dropout, config.dropout_of)
-        self.history, self.best = History(), math.inf
+        self.history = History()
+        self.best: Judged | None = None
+        self.last: Judged | None = None
+        self.strip: Any = None  # of samples, a picture of Pillow's
         self.seen: list[tuple[Tensor, Tensor]] = []  # noise levels and losses of this step
         self.step = 0
 
     @property
     def optimiser_of(self) -> dict[str, torch.optim.Optimizer]:
         """Of each parameter that learns, by its name."""
-        names = {id(parameter): name for name, parameter in self.learning.items()}
-        return {
-            names[id(parameter)]: optimiser
-            for optimiser in self.optimisers
-            for group in optimiser.param_groups
-            for parameter in group["params"]
-        }
+        return optimiser_of_each(self.learning, self.optimisers)
 
     @property
     def size(self) -> Size:
@@ -122,6 +123,11 @@ class Run:
     @property
     def state_file(self) -> Path:
         return Path(self.config.output) / STATE
+
+    @property
+    def due(self) -> bool:
+        """Whether a run that nobody stops is saved and judged at this step."""
+        return self.step % self.config.save_every == 0 or self.step == self.config.steps
 
     def rate(self) -> float:
         """Warm-up, then constant or a cosine down to a twentieth."""
@@ -183,6 +189,11 @@ class Run:
             loss = self.batch_loss(generator) / config.accumulate
             loss.backward()
             total += loss.item()
+            if self.of_class:
+                heard = len(self.seen)
+                beside = config.class_weight * self.batch_loss(generator, self.of_class)
+                (beside / config.accumulate).backward()
+                del self.seen[heard:]  # the curve is the subject's
         length = float(nn.utils.clip_grad_norm_(self.learning.values(), config.clip_norm))
         if not math.isfinite(total) or not math.isfinite(length):
             raise DivergedError(
@@ -206,7 +217,7 @@ class Run:
     def save(self) -> None:
         """Write everything that a resumed run needs; as `write_state`."""
         about: dict[str, Any] = {"step": self.step, "config": asdict(self.config)}
-        if math.isfinite(self.best):
+        if self.best is not None:
             about["best"] = self.best
         write_state(
             self.state_file, self.learning, self.average, self.optimiser_of, self.history, about
@@ -220,11 +231,12 @@ class Run:
             self.state_file, self.model, self.learning, self.optimiser_of, self.device
         )
         self.step = int(said["step"])
-        with suppress(ValueError):
-            self.best = float(said.get("best", "inf"))
+        if (Path(self.config.output) / BEST).exists():
+            self.best = judged_before(said.get("best", ""))
 
     def keep_best(self) -> None:
-        """Write a LoRA under the name BEST where the average is better than ever before.
+        """Write a LoRA under the name BEST where the average is better than at every step at which
+        it was judged before, by this run or by those that it goes on from.
 
         It is judged by the loss of the same batches with the same noise, of pictures that were held
         out where there are some.
@@ -237,10 +249,16 @@ class Run:
                 float(self.batch_loss(generator, self.held_out or self.groups))
                 for _ in range(JUDGED)
             ]
-        loss = sum(losses) / len(losses)
-        if loss < self.best:
-            self.best = loss
+        self.last = Judged(self.step, tuple(losses))
+        best = math.inf if self.best is None else self.best.loss
+        if self.last.loss < best:  # which a loss that is no number is not
+            self.best = self.last
             self.write_model(Path(self.config.output) / BEST)
+
+    def better(self) -> Judged | None:
+        """The best under the name BEST, where the last is worse by more than noise."""
+        better = self.best and self.last and self.best.beats(self.last)
+        return self.best if better else None
 
     @contextmanager
     def averaged(self) -> Iterator[Trained]:
@@ -260,22 +278,25 @@ class Run:
             parameter.copy_(self.average[name])
             self.average[name] = learned
 
-    def draw_samples(self) -> None:
-        """Draw the captions of `samples` in a row: samples/STEP.png."""
-        from PIL import Image
+    @cached_property
+    def drawing(self) -> Drawing:
+        """What was given, else with the run's own text encoders and VAE."""
+        if self.given is not None:
+            return self.given
+        vae, tokenize = self.vae, self.tokenize
+        assert vae is not None and tokenize is not None, "read_config sees to it"
+        return own_drawing(self.config, self.model, vae, tokenize, self.tokenize_t5)
 
+    def draw_samples(self) -> None:
+        """Draw the captions of `samples` in a row, samples/STEP.png, and add it to the strip."""
         if not self.config.samples:
             return
-        assert self.vae is not None and self.tokenize is not None, "read_config sees to it"
-        captions = list(self.config.samples)
         with self.averaged() as model:
-            pipeline = Pipeline(
-                model.diffusion_model, model.encoders, self.vae.to(self.device), self.tokenize,
-                tokens=self.config.prompt_tokens, tokenize_t5=self.tokenize_t5,
-            )  # fmt: skip
-            drawn = pipeline.draw(captions, list(range(len(captions))), Settings(size=self.size))
-        file = Path(self.config.output) / SAMPLES / f"{self.step:06}.png"
-        write_picture(file, Image.fromarray(torch.cat(drawn, dim=1).numpy()), replace=True)
+            row = sample_row(self.drawing, model, self.config, self.size)
+        folder = Path(self.config.output)
+        write_picture(folder / SAMPLES / f"{self.step:06}.png", row, replace=True)
+        self.strip = strip_of(folder / SAMPLES, self.step)
+        write_picture(folder / STRIP, self.strip, replace=True)
 
     def write_model(self, path: Path) -> None:
         """The moving average in fp16: a single-file SD3.5 checkpoint, with the VAE if known, or
@@ -283,16 +304,8 @@ class Run:
         config = self.config
         with self.averaged() as model:
             tensors = learned(model, self.vae, config)
-        about: dict[str, Any] = {"steps_trained": self.step, **config.metadata}
-        metadata: dict[str, Any] = {}
-        if config.lora_rank:
-            about = {**self.about_the_lora(), **about}
-            metadata = {**self.about_lora, "ss_steps": self.step}
-        elif not config.controlnet:
-            about = {**self.about_the_whole(), **about}
-        metadata["sd35_config"] = about
-        if "title" in config.metadata:
-            metadata["modelspec.title"] = str(config.metadata["title"])
+        metadata = {**self.about_lora, "ss_steps": self.step} if config.lora_rank else {}
+        metadata |= about_run(self.model, config, self.size, self.step)
         write_file(path, tensors, metadata)
 
     @cached_property
@@ -301,51 +314,40 @@ class Run:
         network = self.model.diffusion_model.config
         return lora_metadata(self.config, network, self.size, self.captions)
 
-    def about_the_lora(self) -> dict[str, Any]:
-        """The plan of a LoRA."""
-        return {"lora": asdict(self.config.lora), "trigger": self.config.trigger}
-
-    def about_the_whole(self) -> dict[str, Any]:
-        """What a checkpoint says of its parts."""
-        return {
-            "text_encoders": {n: e.config.described() for n, e in self.model.encoders.items()},
-            "pixels": self.config.pixels,
-            "prompt_tokens": self.config.prompt_tokens,
-            "size": list(self.size),
-        }
-
     def go_on(
         self,
         show: Callable[[float], object] = lambda loss: None,
         interrupted: Callable[[], bool] = lambda: False,
+        drawn: Callable[[int, int], None] = lambda count, total: None,
     ) -> Path:
         """Train to the last step, or to the step at which it is interrupted, and save; the file of
-        what was learned. `show` hears the loss of every step."""
+        what was learned. `show` hears the loss of every step, `drawn` how many pictures of the
+        class there are before it."""
         config = self.config
         file = Path(config.output) / MODEL
         sweep(file.parent / SAMPLES)
+        if config.class_prompt and not self.of_class:
+            found = class_examples(
+                self.drawing, self.model, config, self.groups, drawn, interrupted
+            )
+            self.of_class = [found] if found else []
         while self.step < config.steps and not interrupted():
             try:
                 show(self.advance())
             except DivergedError:
+                self.keep_best()
                 self.write_model(file)
                 raise
-            if self.step % config.save_every == 0 and self.step < config.steps:
+            if self.due:
+                self.keep_best()
                 self.leave()
-        self.leave()
+                self.draw_samples()
+        if not self.due:
+            self.leave()
         self.write_model(file)
         return file
 
     def leave(self) -> None:
-        """What lies in the folder from now on: the run, its curve, its best and its samples."""
-        self.keep_best()
+        """What lies in the folder from now on: the run and its curve."""
         self.save()
         write_picture(Path(self.config.output) / CURVE, self.history.curve(), replace=True)
-        self.draw_samples()
-
-
-def best_device() -> str:
-    """cuda or mps where there is one, else cpu."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

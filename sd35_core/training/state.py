@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,33 @@ from torch import Tensor, nn
 
 from ..checkpoint.layouts import under
 from ..checkpoint.loading import fill
-from ..checkpoint.tensor_file import StateDict, read_file, write_file
-from ..errors import CheckpointError
-from .config import TO_BE_TRAINED
+from ..checkpoint.tensor_file import StateDict, metadata_of, read_file, write_file
+from ..errors import CheckpointError, SettingError
+from ..pipeline import MODEL, STATE
+from .config import BEST, CLASS, CLASS_MARK, CURVE, SAMPLES, STRIP, TO_BE_TRAINED
 from .history import BANDS, History
 from .optimisers import MOMENTS
 
 HISTORY = "history"
 OptimiserOf = Mapping[str, torch.optim.Optimizer]
+
+
+def check_output(folder: Path) -> None:
+    """Raise SettingError where a run would replace what no training wrote."""
+    state = metadata_of(folder / STATE)
+    known = {STATE: "step" in state and "config" in state}
+    for name in (MODEL, BEST):
+        known[name] = "steps_trained" in metadata_of(folder / name).get("sd35_config", "")
+    known[CLASS] = CLASS_MARK in metadata_of(folder / CLASS)
+    others = [folder / name for name in known if os.path.lexists(folder / name) and not known[name]]
+    if not any(known.values()):
+        others += [folder / name for name in (CURVE, STRIP) if os.path.lexists(folder / name)]
+        others += sorted(p for p in (folder / SAMPLES).glob("*.png") if p.stem.isdigit())
+    if others:
+        raise SettingError(
+            f"'{others[0]}' was not written by a training, or is damaged, and this run would "
+            "replace it. Choose another folder as 'output', or move that file away."
+        )
 
 
 def write_state(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -164,6 +165,19 @@ def trainable_base(path: str, bf16: bool) -> MMDiTX:
     if bf16:
         halve(network)
     return network
+
+
+@contextmanager
+def without_lora(model: Trained) -> Iterator[None]:
+    """The base alone, for as long as it is needed."""
+    scales = [layer.scale for layer in model.lora.values()]
+    try:
+        for layer in model.lora.values():
+            layer.scale = 0.0
+        yield
+    finally:
+        for layer, scale in zip(model.lora.values(), scales):
+            layer.scale = scale
 
 
 def halve(network: MMDiTX) -> None:

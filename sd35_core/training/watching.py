@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .config import BEST
 from .run import Run
 
 log = logging.getLogger("sd35")
@@ -36,8 +37,17 @@ def train(run: Run) -> None:
                 said = time.monotonic()
                 log.info(f"step {run.step} of {config.steps}, loss {smooth:.4f}")
 
-        file = run.go_on(show, interrupted)
+        def drawn(count: int, total: int) -> None:
+            nonlocal said
+            bar.set_postfix_str(f"drawing the class: {count} of {total}", refresh=False)
+            if bar.disable and time.monotonic() - said > MINUTE:
+                said = time.monotonic()
+                log.info(f"drew {count} of {total} pictures of the class")
+
+        file = run.go_on(show, interrupted, drawn)
     log.info(f"stopped at step {run.step} of {config.steps}: {run.history.words()}; wrote {file}")
+    if run.last is not None and (better := run.better()) is not None:
+        log.info(f"{better.words(run.last)}: {file.with_name(BEST)}")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,29 @@ def learned(model: Trained, vae: nn.Module | None, config: TrainingConfig) -> St
         number = CONTROL_TYPES.index(config.controlnet)
         tensors["control_type"] = torch.tensor([number], dtype=torch.int32)
     return tensors
+
+
+def about_run(
+    model: Trained, config: TrainingConfig, size: tuple[int, int], steps: int
+) -> dict[str, Any]:
+    """What every file of a run says of it; a LoRA's has its plan, a checkpoint's its parts.
+
+    size: (width, height) in pixels.
+    """
+    about: dict[str, Any] = {"steps_trained": steps}
+    if config.lora_rank:
+        about |= {"lora": asdict(config.lora), "trigger": config.trigger}
+    elif not config.controlnet:
+        about |= {
+            "text_encoders": {n: e.config.described() for n, e in model.encoders.items()},
+            "pixels": config.pixels,
+            "prompt_tokens": config.prompt_tokens,
+            "size": list(size),
+        }
+    found: dict[str, Any] = {"sd35_config": {**about, **config.metadata}}
+    if "title" in config.metadata:
+        found["modelspec.title"] = str(config.metadata["title"])
+    return found
 
 
 def lora_metadata(

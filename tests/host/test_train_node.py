@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sd35_core.checkpoint.tensor_file import metadata_of
 from sd35_core.workflow.lora_files import lora_in
 from sd35_core.workflow.setup import Model
 
@@ -46,7 +47,7 @@ def train(comfy: SimpleNamespace, parts: Any, monkeypatch: pytest.MonkeyPatch) -
     node = comfy.training.SD35TrainLoRA
     monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id=None))
 
-    def run(**inputs: Any) -> tuple[Any, str, Tensor]:
+    def run(**inputs: Any) -> tuple[Any, str, Tensor, Tensor]:
         given = {"model": parts.model, "clip": parts.clip, "vae": parts.vae, **FEW, **inputs}
         lists = {k: v if isinstance(v, list) else [v] for k, v in given.items()}
         with torch.inference_mode():
@@ -63,10 +64,11 @@ def loras(base: Path) -> Path:
 def test_pictures_become_a_lora_and_the_model_has_it_on(
     comfy: SimpleNamespace, parts: Any, train: Any, images: list[Tensor], loras: Path, ksampler: Any
 ) -> None:
-    model, report, curve = train(images=images, captions=CAPTIONS, trigger="in negative")
+    model, report, curve, blank = train(images=images, captions=CAPTIONS, trigger="in negative")
     path = loras / "test_lora.safetensors"
     assert f"Wrote {path}" in report and "2 pictures, step 4 of 4: loss" in report
     assert curve.shape == (1, 384, 768, 3) and 0 <= float(curve.min()) < float(curve.max()) <= 1
+    assert blank.shape == (1, 64, 64, 3) and bool((blank == 1).all())
     found = lora_in(path, Model(depth=4, hidden=256))
     assert found.layers and found.matched == found.layers
     conds = [comfy.calibration.encoded(parts.clip, text) for text in (CAPTIONS[0], "")]
@@ -76,8 +78,84 @@ def test_pictures_become_a_lora_and_the_model_has_it_on(
     drawn = ksampler(model, **settings)
     assert difference(drawn, ksampler(stock, **settings)) == 0
     assert difference(drawn, ksampler(parts.model, **settings)) > 1e-3
-    _, again, _ = train(images=images, captions=CAPTIONS, seed=1)
+    _, again, *_ = train(images=images, captions=CAPTIONS, seed=1)
     assert "test_lora_2.safetensors" in again, "nothing is replaced"
+
+
+def test_pictures_of_the_class_are_drawn_before_and_once(
+    comfy: SimpleNamespace, train: Any, images: list[Tensor], loras: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Cancelled after one of two, it draws the other; another training draws none."""
+    from comfy import model_management as management
+
+    node = comfy.training.train_lora.__globals__
+    pipeline = node["Pipeline"]
+    latents, drawn = pipeline.latents, []
+
+    def counted(self: Any, *inputs: Any, **more: Any) -> Tensor:
+        if len(drawn) == 1:
+            management.interrupt_current_processing()
+        found = latents(self, *inputs, **more)
+        drawn.append(found)
+        return found
+
+    monkeypatch.setattr(pipeline, "latents", counted)
+    settings = {"images": images, "captions": CAPTIONS, "steps": 1, "class_prompt": "a square",
+                "class_pictures": 2, "name": "beside"}  # fmt: skip
+    with pytest.raises(management.InterruptProcessingException):
+        train(**settings)
+    assert len(drawn) == 1 and not (loras / "beside.safetensors").exists()
+    drawn.append(None)
+    _, report, *_ = train(**settings)
+    assert "2 pictures beside 2 of 'a square', step 1 of 1" in report and len(drawn) == 3
+    _, report, *_ = train(**settings, rate=1e-3)
+    assert len(drawn) == 3 and "beside_2.safetensors" in report
+    assert torch.isfinite(drawn[0]).all() and drawn[0].abs().mean() > 0.1
+
+
+def test_samples_grow_into_a_strip_on_the_node(
+    comfy: SimpleNamespace, train: Any, images: list[Tensor], parts: Any, ksampler: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Two prompts, a row at each of three steps; the last is as KSampler draws it, but for bf16."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    sent: list[Any] = []
+    bar = comfy.utils.ProgressBar
+    monkeypatch.setattr(
+        bar, "update_absolute", lambda self, done, total, preview=None: sent.append(preview)
+    )
+    settings = {"images": images, "captions": CAPTIONS, "steps": 3, "name": "strip"}
+    model, _, _, strip = train(**settings, samples="a red square\n\n a green ring ")
+    assert strip.shape == (1, 3 * (128 + 16), 256, 3)
+    rows = strip[0].view(3, 144, 256, 3)[:, 16:]
+    assert (rows[0] - rows[2]).abs().max() > 0.01, "it learned"
+    grown = [preview for preview in sent if preview is not None]
+    assert [preview[1].height for preview in grown] == [144, 288] and grown[0][0] == "JPEG"
+    cond, empty = (comfy.calibration.encoded(parts.clip, text) for text in ("a red square", ""))
+    shifted = ModelSamplingSD3().patch(model, 1.0)[0]
+    latent = ksampler(
+        shifted, seed=0, steps=28, scheduler="simple", positive=cond, negative=empty
+    )  # fmt: skip
+    alone = parts.vae.decode(latent)[0]
+    away = float((alone - rows[2, :, :128]).abs().mean())
+    assert away < 0.02, away
+
+
+def test_captions_of_any_length_share_a_batch(
+    comfy: SimpleNamespace, parts: Any, images: list[Tensor]
+) -> None:
+    """Two of the CLIPs' 77 rows and one; what fills the shorter up is what the host's own encoder
+    says of no words."""
+    node = comfy.training.train_lora.__globals__
+    captions = ["a red square " * 40, "a green square"]
+    pictures = node["pictures_given"](images, captions, 128)
+    (group,) = node["encoded_examples"](pictures, parts.clip, parts.vae)
+    assert group["rows"].tolist() == [[154, 0], [77, 0]] and group["rows_empty"].tolist() == [77, 0]
+    short, empty = (comfy.calibration.encoded(parts.clip, c)[0][0][0] for c in (captions[1], ""))
+    assert torch.equal(group["context"][1], torch.cat([short, empty]).half())
+    assert torch.equal(group["context_empty"], torch.cat([empty, empty]).half())
 
 
 def test_a_cancelled_run_leaves_a_lora_and_goes_on(
@@ -107,7 +185,7 @@ def test_a_cancelled_run_leaves_a_lora_and_goes_on(
     monkeypatch.setattr(inner, "advance", advance)
     seen: list[int] = []
     monkeypatch.setattr(inner, "advance", lambda run: seen.append(run.step) or advance(run))
-    _, report, _ = train(**settings)
+    _, report, *_ = train(**settings)
     assert seen == [2, 3] and "step 4 of 4" in report
 
 
@@ -132,6 +210,32 @@ def test_a_run_that_runs_away_leaves_its_lora_and_begins_anew(
             train(**settings)
         assert lora_in(loras / f"{file}.safetensors", Model(depth=4, hidden=256)).layers
     assert steps == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_better_one_on_the_way_is_kept_beside_the_last(
+    comfy: SimpleNamespace, train: Any, images: list[Tensor], loras: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    inner = comfy.training.train_lora.__globals__["Run"]
+    advance = inner.advance
+
+    def spoilt(run: Any) -> float:
+        loss = advance(run)
+        if run.step == 4:
+            with torch.no_grad():
+                for tensor in run.average.values():
+                    tensor.normal_()
+        return loss
+
+    monkeypatch.setattr(inner, "advance", spoilt)
+    _, report, *_ = train(images=images, captions=CAPTIONS, name="spoilt", seed=3)
+    best = loras / "spoilt_best.safetensors"
+    said = metadata_of(best)["ss_steps"]
+    assert said in ("1", "2", "3")
+    assert f"The LoRA of step {said} was better by more than noise: loss" in report
+    assert f"it is in '{best.name}', beside the last one" in report
+    assert metadata_of(loras / "spoilt.safetensors")["ss_steps"] == "4"
+    assert not list(loras.glob("test_lora*_best*")), "none where the last is the best"
 
 
 def test_a_run_that_is_cancelled_before_it_begins_leaves_nothing(
@@ -163,7 +267,7 @@ def test_a_folder_in_the_hosts_input_does_instead(
     for colour in ("red", "blue"):
         Image.new("RGB", (96, 64), colour).save(folder / f"{colour}.png")
         (folder / f"{colour}.txt").write_text(f"a {colour} square", encoding="utf-8")
-    _, report, _ = train(folder="mine", name="of_folder", steps=1)
+    _, report, *_ = train(folder="mine", name="of_folder", steps=1)
     assert "2 pictures, step 1 of 1" in report
     for outside in ("..", str(tmp_path), "nowhere", "mine/../.."):
         with pytest.raises(Exception, match="no folder in ComfyUI's input folder"):
@@ -206,5 +310,5 @@ def test_a_turbo_base_is_warned_of(
     base = tmp_path / "sd3.5_large_turbo.safetensors"
     shutil.copy(NANO, base)
     model = comfy.loading.load_model(str(base), "default")
-    _, report, _ = train(model=model, images=images, captions=CAPTIONS, steps=1, name="turbo")
+    _, report, *_ = train(model=model, images=images, captions=CAPTIONS, steps=1, name="turbo")
     assert "This is Large Turbo by its file's name" in report

@@ -30,6 +30,7 @@ from sd35_core.training import watching
 from sd35_core.training.__main__ import main
 from sd35_core.training.config import read_config
 from sd35_core.training.dataset import captions_in, read_folder, read_picture
+from sd35_core.training.drawing import BAND, SIDE, strip_of
 from sd35_core.training.run import Run
 from sd35_core.training.trained import Trained
 from tools import host as hosts
@@ -143,6 +144,10 @@ def test_the_program_trains_on_a_folder_and_writes_a_checkpoint(program: Path) -
     out = program.parent / "run"
     drawn = [Image.open(path).size for path in sorted((out / "samples").glob("*.png"))]
     assert drawn in ([(64, 32)] * 2, [(128, 32)] * 2), "two captions at steps 3 and 6"
+    strip = Image.open(out / "samples.png")
+    assert strip.size == (drawn[0][0], 2 * (BAND + 32))
+    last = Image.open(out / "samples" / "000006.png").convert("RGB")
+    assert strip.crop((0, 2 * BAND + 32, *strip.size)).tobytes() == last.tobytes()
     tensors, metadata = read_file(out / "model.safetensors")
     assert '"steps_trained": 6' in metadata["sd35_config"] and "MIT" in metadata["sd35_config"]
     assert all(tensor.dtype == torch.float16 for tensor in tensors.values())
@@ -150,6 +155,27 @@ def test_the_program_trains_on_a_folder_and_writes_a_checkpoint(program: Path) -
     assert "text_encoders.clip_g.transformer.text_projection.weight" in tensors
     network = load(out / "model.safetensors").config
     assert network == read_config(program).network
+
+
+def test_the_strip_has_the_newest_rows_and_few_of_the_older(tmp_path: Path) -> None:
+    for step in range(1, 41):
+        Image.new("RGB", (64, 32), (step, 0, 0)).save(tmp_path / f"{step:06}.png")
+    (tmp_path / "000041.png").write_bytes(b"damaged")
+    Image.new("RGB", (64, 32), "white").save(tmp_path / "000099.png")
+
+    def rows(step: int) -> list[int]:
+        strip = strip_of(tmp_path, step)
+        return [strip.getpixel((9, top + BAND))[0] for top in range(0, strip.height, BAND + 32)]
+
+    assert rows(1) == [1] and rows(16) == list(range(1, 17))
+    assert rows(40) == [1, 5, 9, 14, 18, 23, 27, 32, *range(33, 41)]
+    assert rows(41)[-7:] == list(range(34, 41)) and len(rows(41)) == 15, "without the damaged one"
+    for step in range(1, 17):
+        Image.new("RGB", (1024, 512), "red").save(tmp_path / f"{step:06}.png")
+    large = strip_of(tmp_path, 16)
+    assert max(large.size) <= SIDE and large.height > SIDE - 32
+    Image.new("RGB", (2 * SIDE, 64), "red").save(tmp_path / "000001.png")
+    assert strip_of(tmp_path, 1).size == (SIDE, BAND + 32)
 
 
 def test_where_nobody_watches_a_line_tells_how_far_it_is(

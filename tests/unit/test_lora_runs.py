@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sd35_core.checkpoint.layouts import from_diffusers
 from sd35_core.checkpoint.loading import load
@@ -18,9 +21,11 @@ from sd35_core.errors import SettingError
 from sd35_core.training.__main__ import main
 from sd35_core.training.config import TIMESTEPS, TrainingConfig, read_config
 from sd35_core.training.history import BANDS, SPAN, History
+from sd35_core.training.judging import Judged, judged_before
 from sd35_core.training.lora import LoraPlan, attach, spelled
 from sd35_core.training.objective import draw_timesteps
 from sd35_core.training.run import DivergedError, Run
+from sd35_core.training.watching import train
 from sd35_core.training.written import sha256_of, tags_of
 from sd35_core.workflow.lora_files import lora_in, lora_words
 from sd35_core.workflow.setup import Lora, Model
@@ -126,77 +131,6 @@ def test_diffusers_modulation_of_the_last_text_is_in_its_own_order() -> None:
         assert torch.allclose(again[key], ours[key], atol=1e-5), key
 
 
-# Captions that are encoded already
-
-
-@pytest.fixture
-def encoded_config(lora_config: TrainingConfig, tmp_path: Path) -> TrainingConfig:
-    """The same examples, their captions encoded by the base's own text encoders."""
-    run = Run(lora_config)
-    examples = run.groups[0]
-    rows = {
-        name: torch.cat([examples[name], examples[f"{name}_empty"][None]]).long()
-        for name in ("tokens_l", "tokens_g")
-    }
-    with torch.no_grad():
-        context, pooled = run.model.encode(rows["tokens_l"], rows["tokens_g"])
-    t5 = torch.randn(len(context), 3, context.shape[2], generator=torch.Generator().manual_seed(0))
-    context = torch.cat([context, t5], dim=1)
-    save_file(
-        {"latents": examples["latents"], "context": context[:-1].contiguous(),
-         "pooled": pooled[:-1].contiguous(), "context_empty": context[-1].contiguous(),
-         "pooled_empty": pooled[-1].contiguous(), "clip": torch.tensor([77, 16])},
-        tmp_path / "encoded.safetensors",
-    )  # fmt: skip
-    return replace(
-        lora_config, examples=(str(tmp_path / "encoded.safetensors"),), text_encoders="",
-        output=str(tmp_path / "encoded"),
-    )  # fmt: skip
-
-
-def test_encoded_captions_give_what_tokens_give(
-    lora_config: TrainingConfig, encoded_config: TrainingConfig
-) -> None:
-    """Without T5, whose rows the other has not."""
-    own = {"t5xxl": 1.0}
-    losses = []
-    for config in (lora_config, encoded_config):
-        run = Run(replace(config, dropout_of=own, encoder_dropout=0.5, prompt_tokens=77))
-        losses.append([run.advance() for _ in range(3)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-@pytest.mark.parametrize("name", ["clip_l", "clip_g", "t5xxl"])
-def test_each_encoder_can_be_left_out_alone(encoded_config: TrainingConfig, name: str) -> None:
-    own = {other: float(other == name) for other in ("clip_l", "clip_g", "t5xxl")}
-    run = Run(replace(encoded_config, dropout_of=own, caption_dropout=0.0))
-    seen = []
-    model = run.model.diffusion_model
-    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2:4]))
-    run.advance()
-    ((context, y),) = seen
-    assert context.shape[1] == (77 if name == "t5xxl" else 80)
-    gone = {"clip_l": slice(0, 16), "clip_g": slice(16, 32), "t5xxl": slice(0, 0)}[name]
-    assert not context[:, :77, gone].any() and not y[:, gone].any()
-    for other in {"clip_l", "clip_g"} - {name}:
-        kept = {"clip_l": slice(0, 16), "clip_g": slice(16, 32)}[other]
-        assert context[:, :77, kept].any() and y[:, kept].any()
-
-
-def test_captions_of_another_model_are_refused(
-    encoded_config: TrainingConfig, tmp_path: Path
-) -> None:
-    tensors = load_file(encoded_config.examples[0])
-    wide = {**tensors, "pooled": torch.zeros(8, 2048)}
-    save_file(wide, tmp_path / "wide.safetensors")
-    with pytest.raises(SettingError, match="widths of 64 and 2048.*takes 64 and 32"):
-        Run(replace(encoded_config, examples=(str(tmp_path / "wide.safetensors"),)))
-    bad = {**tensors, "context": torch.full((8, 80, 64), float("nan"))}
-    save_file(bad, tmp_path / "bad.safetensors")
-    with pytest.raises(SettingError, match="no numbers"):
-        Run(replace(encoded_config, examples=(str(tmp_path / "bad.safetensors"),)))
-
-
 # Stopping, going on, and what is kept
 
 
@@ -218,8 +152,8 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(
     again.go_on()
     for name in ("model.safetensors", "best.safetensors"):
         one, other = (load_file(tmp_path / folder / name) for folder in ("whole", "parts"))
-        if name == "model.safetensors":
-            assert all(torch.equal(one[key], other[key]) for key in one)
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    assert again.best == whole.best and again.last == whole.last
     assert torch.equal(whole.history.table, again.history.table)
 
 
@@ -245,6 +179,72 @@ def test_the_best_is_kept_where_later_ones_are_worse(
     assert resumed.best == best
 
 
+def test_a_resumed_run_knows_how_good_the_best_was(
+    lora_config: TrainingConfig, tmp_path: Path
+) -> None:
+    """Whether the best file is there or not: a loss alone is no LoRA."""
+    config = replace(lora_config, steps=4, save_every=2, output=str(tmp_path / "run"))
+    first = Run(config)
+    first.go_on(interrupted=lambda: first.step >= 3)
+    assert first.best is not None and first.best.step == 2, "3 is no step at which it is judged"
+    again = Run(config)
+    again.resume()
+    assert again.best == first.best
+    (tmp_path / "run" / "best.safetensors").unlink()
+    bare = Run(config)
+    bare.resume()
+    assert bare.best is None
+
+
+def test_one_beats_another_by_more_than_noise() -> None:
+    noise = (0.5, 1.0, 0.75, 1.25, 0.5, 1.0, 0.75, 1.25)
+    other = Judged(9, noise)
+    assert not other.beats(other)
+    assert Judged(3, tuple(loss - 0.01 for loss in noise)).beats(other), "batch by batch"
+    assert not other.beats(Judged(3, tuple(loss - 0.01 for loss in noise)))
+    mixed = tuple(loss + step for loss, step in zip(noise, (0.1, -0.11) * 4))
+    assert not Judged(3, mixed).beats(other)
+    broken = Judged(9, (math.nan,) * 8)
+    assert other.beats(broken) and not broken.beats(other) and not broken.beats(broken)
+    assert judged_before(json.dumps(other)) == other
+    for odd in (
+        "",
+        "0.5",
+        "[1, 2]",
+        "[1, [2]]",
+        "{}",
+        "[null, [1]]",
+        json.dumps(broken),
+        "[" * 9999,
+    ):
+        assert judged_before(odd) is None
+
+
+def test_the_log_says_where_an_earlier_one_was_better(
+    lora_config: TrainingConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(replace(lora_config, steps=6, save_every=2))
+    advance = run.advance
+
+    def spoilt() -> float:
+        loss = advance()
+        if run.step == 6:
+            with torch.no_grad():
+                for tensor in run.average.values():
+                    tensor.normal_()
+        return loss
+
+    monkeypatch.setattr(run, "advance", spoilt)
+    with caplog.at_level("INFO", logger="sd35"):
+        train(run)
+    best, last = run.better(), run.last
+    assert best is not None and last is not None and best.step in (2, 4) and last.step == 6
+    words = f"step {best.step} was better by more than noise: loss {best.loss:.4f} against"
+    assert f"{words} {last.loss:.4f} after step 6" in caplog.text
+    said = metadata_of(Path(run.config.output) / "best.safetensors")
+    assert said["ss_steps"] == str(best.step)
+
+
 def test_pictures_can_not_all_be_held_out(lora_config: TrainingConfig) -> None:
     with pytest.raises(SettingError, match="held_out is 0.99 of a group of 8 pictures"):
         Run(replace(lora_config, held_out=0.99))
@@ -267,11 +267,6 @@ def test_a_run_that_runs_away_stops_and_keeps_what_it_had(lora_config: TrainingC
 def test_ctrl_c_leaves_a_lora(
     lora_config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-    import signal
-
-    from sd35_core.training.watching import train
-
     run = Run(replace(lora_config, steps=1000))
     advance = run.advance
 
