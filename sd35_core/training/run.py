@@ -26,7 +26,6 @@ from ..encoders.t5 import t5_tokenizer
 from ..encoders.text_encoder import KINDS, tokenizer
 from ..errors import SettingError
 from ..network.latent import to_model
-from ..network.layers import JointBlock
 from ..pipeline import MODEL, STATE, load_vae
 from ..whole_file import sweep, write_picture
 from .config import BEST, CURVE, SAMPLES, STRIP, TrainingConfig, shape_given
@@ -40,7 +39,7 @@ from .objective import crops, draw_timesteps, flow_losses
 from .optimisers import optimiser_of_each, optimisers
 from .prompts import dropouts, read_prompts
 from .state import check_output, read_state, write_state
-from .trained import Trained, to_be_trained, trainable_base
+from .trained import Trained, compile_blocks, to_be_trained, trainable_base
 from .written import about_run, learned, lora_metadata
 
 
@@ -93,11 +92,7 @@ class Run:
         self.model = to_be_trained(config, network, encoders)
         self.model.to(self.device)
         if config.compile:
-            # Blocks alone: to them a picture of another size is another number of rows, and one
-            # graph serves all. Of the whole network torch 2.11 takes two sizes for one.
-            for module in self.model.modules():
-                if isinstance(module, JointBlock):
-                    module.compile()
+            compile_blocks(self.model)
         self.learning = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         self.optimisers = optimisers(self.learning, config)
         self.average = {k: p.detach().clone() for k, p in self.learning.items()}

@@ -15,7 +15,7 @@ from ..encoders.described import T5, Encoder
 from ..encoders.t5 import T5Config, T5Encoder, with_t5
 from ..encoders.text_encoder import ClipTextModel, clip_g, clip_l, joined_encodings
 from ..network.controlnet import ControlNetConfig, ControlNetEmbedder
-from ..network.layers import grid_positions
+from ..network.layers import JointBlock, grid_positions
 from ..network.mmditx import MMDiTX
 from ..packing.formats import is_packed
 from ..packing.layers import PackedLinear
@@ -187,3 +187,14 @@ def halve(network: MMDiTX) -> None:
         if type(module) in (nn.Linear, nn.Conv2d):
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Let torch compile a model's blocks.
+
+    To a block a picture of another size is another number of rows, and one graph serves all; of the
+    whole network torch 2.11 takes two sizes for one.
+    """
+    for module in model.modules():
+        if isinstance(module, JointBlock):
+            module.compile()
