@@ -295,7 +295,7 @@ def test_each_condition_of_the_work_counts() -> None:
     shape, plain = width_of(1536, True), NetworkCall(2, 64, 64, 154)
     peak = peak_of_call(shape, plain)
     assert peak_of_call(shape, replace(plain, rows=1)) == pytest.approx(peak / 2, rel=0.05)
-    assert peak_of_call(shape, replace(plain, number=4)) == pytest.approx(2 * peak, rel=0.05)
+    assert peak_of_call(shape, replace(plain, number=4)) == pytest.approx(2 * peak, rel=0.1)
     assert peak_of_call(shape, replace(plain, unpacks=True)) > peak
     tokens = 2 * 1024 * 1536 * 2
     steered = peak_of_call(shape, replace(plain, residuals=12)) - peak
