@@ -15,11 +15,17 @@ from ..checkpoint.layouts import (
 from ..checkpoint.loading import QUANTIZATION_SUFFIXES, described_config, open_tensors
 from ..checkpoint.tensor_file import TensorFile
 from ..errors import CheckpointError
-from ..network.config import VARIANTS, MMDiTXConfig
+from ..network.config import CONTEXT_WIDTH, VARIANTS, MMDiTXConfig
 from ..sampling.recipes import recipe_of
 from .setup import Control, Model
 
 Facts = TypeVar("Facts")
+ENCODER_MARKS = {
+    "clip_l": ("text_model.final_layer_norm.weight", 768),
+    "clip_g": ("text_model.final_layer_norm.weight", 1280),
+    "t5xxl": ("encoder.final_layer_norm.weight", CONTEXT_WIDTH),
+}
+"""Encoder -> a tensor that it has, and the width of the published one."""
 
 OTHER_FAMILIES = {
     "FLUX": r"flux|kontext",
@@ -116,6 +122,29 @@ def control_in(path: Path) -> Control:
     width = next(iter(file.shape("pos_embed_input.proj.weight")), None)
     found = re.search(r"blur|canny|depth", path.name.lower())
     return Control(hidden=width, control_type=found[0] if found else None)
+
+
+def control_named(name: str) -> Control:
+    """Facts of a published ControlNet, by its file's name, where the file is not at hand."""
+    plain = name.lower().replace("-", "_").replace("sd35", "sd3.5")
+    found = re.search(r"sd3\.5_(large|medium)\w*_(blur|canny|depth)", plain)
+    if found is None:
+        return Control()
+    return Control(hidden=VARIANTS[f"sd3.5_{found[1]}"].hidden, control_type=found[2])
+
+
+@kept
+def encoder_in(path: Path) -> str | None:
+    """Which of SD3's text encoders a file is, as SD3.5 Loader calls it; None for another."""
+    try:
+        file = TensorFile(path)
+    except CheckpointError:
+        return None
+    marks = ENCODER_MARKS.items()
+    fitting = (
+        name for name, (mark, width) in marks if mark in file and file.shape(mark) == (width,)
+    )
+    return next(fitting, None)
 
 
 @kept

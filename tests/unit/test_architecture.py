@@ -30,7 +30,9 @@ ROOMS = {
         *("checkpoint", "encoders", "errors", "limits", "network", "packing", "pipeline"),
         *("sampling", "whole_file"),
     },
-    "workflow": {"checkpoint", "errors", "limits", "network", "sampling", "words"},
+    "workflow": {
+        *("checkpoint", "errors", "limits", "network", "sampling", "whole_file", "words"),
+    },
 }
 """Packages and modules of the core -> what they import of each other."""
 HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server"}
