@@ -10,7 +10,7 @@ from .reader import Reader
 
 SAFETENSORS = (".safetensors", ".sft")
 """What SD3.5 Loader lists, beside GGUF."""
-ENCODERS = ("clip_l", "clip_g", "t5xxl")
+ENCODERS: tuple[str, ...] = ("clip_l", "clip_g", "t5xxl")
 
 
 def encoders_beside(reader: Reader, key: str) -> dict[str, str] | None:

@@ -196,9 +196,9 @@ class Planner:
             return None
         if self.reader.link(key, "vae") is None:
             return "no VAE is connected"
-        ends = self.reader.number(key, "start_percent"), self.reader.number(key, "end_percent")
-        if None not in ends and ends[0] >= ends[1]:  # pyright: ignore[reportOptionalOperand]
-            return f"it starts at {ends[0]:g} and ends at {ends[1]:g}"
+        start, end = (self.reader.number(key, name) for name in ("start_percent", "end_percent"))
+        if start is not None and end is not None and start >= end:
+            return f"it starts at {start:g} and ends at {end:g}"
         return Swap(CONTROL_APPLY, APPLY_NAMES)
 
     def _is(self, key: str, kind: str) -> bool:

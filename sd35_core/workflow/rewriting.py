@@ -41,7 +41,7 @@ Changes = Mapping[str, "Swap | Passed"]
 def value_of(swap: Swap, name: str, before: Mapping[str, Any], default: Any) -> Any:
     """What an input of the new node is: the old one's, a given value, or the default."""
     old = next((old for old, new in swap.names.items() if new == name), None)
-    return before[old] if old in before else swap.values.get(name, default)
+    return before[old] if old is not None and old in before else swap.values.get(name, default)
 
 
 def rewritten_prompt(workflow: Json, changes: Changes, budget: Budget) -> Json:

@@ -98,7 +98,7 @@ def test_a_shift_moves_into_the_sampler_and_its_links_way_points_go() -> None:
 
 def test_a_shift_that_something_else_reads_stays() -> None:
     workflow = medium(shift=2.5)
-    muted = copy.deepcopy(node(workflow, "KSampler")) | {"id": 90, "mode": 2}
+    muted: Json = {**copy.deepcopy(node(workflow, "KSampler")), "id": 90, "mode": 2}
     shift = node(workflow, "ModelSamplingSD3")
     link = [900, shift["id"], 0, 90, 0, "MODEL"]
     muted["inputs"][0]["link"], muted["outputs"][0]["links"] = 900, []
