@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..sd35_core.workflow.own_nodes import ALIAS, LOADER, NAMES
+from ..sd35_core.workflow.own_nodes import ALIAS, FROM_MODEL, LOADER, NAMES, NONE
 from .host import files, loading, text
 from .host.memory import enough_memory
 from .host.report import told
 from .host.resting import AUTO, MODES
-
-FROM_MODEL = "from model file"
-NONE = "none"
 
 
 class SD35Loader(io.ComfyNode):

@@ -2,8 +2,8 @@
 
     python tools/layout.py
 
-places the nodes of workflows/*.json anew; what they do stays as it is. tools/workflows.py does the
-same with what it makes.
+places the nodes of workflows/*.json anew, and writes what App mode shows of some; what they do
+stays as it is. tools/workflows.py does the same with what it makes.
 """
 
 from __future__ import annotations
@@ -87,6 +87,43 @@ TO_LEARN_FROM = ("Prompt of the first pictures", "Pictures to learn from")
 """Titles of what makes pictures for a training."""
 MANY = 4
 """Nodes of a group beside which a sampler is folded."""
+
+APPS = {
+    "text_to_image": (
+        ("Prompt", "text"), ("Negative prompt", "text"), ("SD35Sampler", "seed"),
+    ),
+    "image_to_image": (
+        ("Prompt of the first picture", "text"), ("Prompt", "text"),
+        ("Image to image", "denoise"), ("Image to image", "seed"),
+    ),
+    "controlnet_canny": (
+        ("Prompt of the first picture", "text"), ("Prompt", "text"),
+        ("SD35ControlNetApply", "strength"), ("SD35Sampler", "seed"),
+    ),
+    "upscale": (
+        ("Prompt", "text"), ("SD35Upscale", "factor"), ("SD35Upscale", "denoise"),
+        ("SD35Upscale", "seed"),
+    ),
+}  # fmt: skip
+"""Workflow -> what it asks for in ComfyUI's App mode: a node's title, or the class of one without,
+and a widget. Such an app shows what the workflow saves."""
+
+
+def as_app(workflow: dict[str, Any], name: str) -> dict[str, Any]:
+    """The workflow with its settings for App mode, if it has any, and its prompts named; it still
+    opens as a graph."""
+    if name not in APPS:
+        return workflow
+    nodes = {node.get("title") or node["type"]: node["id"] for node in workflow["nodes"]}
+    saved = [node["id"] for node in workflow["nodes"] if node["type"] == "SaveImage"]
+    inputs = [[nodes[title], widget] for title, widget in APPS[name]]
+    made = copy.deepcopy(workflow)
+    for node in made["nodes"]:
+        for slot in node.get("inputs", ()):
+            if slot["name"] == "text" and [node["id"], "text"] in inputs:
+                slot["label"] = node["title"]
+    made["extra"]["linearData"] = {"inputs": inputs, "outputs": saved}
+    return made
 
 
 def meaning(node: dict[str, Any], workflow: dict[str, Any]) -> str:
@@ -180,7 +217,7 @@ def resize(nodes: list[dict[str, Any]], width: float, room: float, groups: int) 
 
 def main() -> int:
     for path in sorted(FOLDER.glob("*.json")):
-        made = laid_out(json.loads(path.read_text(encoding="utf-8")))
+        made = as_app(laid_out(json.loads(path.read_text(encoding="utf-8"))), path.stem)
         write_text(path, json.dumps(made, indent=1, ensure_ascii=False) + "\n", replace=True)
         print(f"Laid out workflows/{path.name}")
     return 0

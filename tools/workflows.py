@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd35_core.whole_file import write_picture, write_text, write_whole
 from tools import host
-from tools.layout import laid_out
+from tools.layout import as_app, laid_out
 
 FOLDER = host.PACK / "workflows"
 SHOWN = "text_to_image"
@@ -190,7 +190,7 @@ def build(page: Any, prompt: dict[str, Any], name: str) -> dict[str, Any]:
         files = [value for value in node.get("widgets_values", ()) if value in tuple(MODELS)]
         if files:
             node["properties"]["models"] = [download(file) for file in files]
-    return laid_out(made)
+    return as_app(laid_out(made), name)
 
 
 def is_first(prompt: dict[str, Any], key: str) -> bool:

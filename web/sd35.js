@@ -7,6 +7,7 @@ import { api } from "/scripts/api.js";
 import { app } from "/scripts/app.js";
 import { element } from "./lib/dom.js";
 import { toldApart } from "./lib/namesake.js";
+import { offersOurs } from "./lib/offer.js";
 import { layersPanel, refusedPanel, reportPanel, samplerPanel } from "./lib/panels.js";
 import { decisive, nodeAt, pathsOf } from "./lib/paths.js";
 import { addPiece } from "./lib/piece.js";
@@ -24,6 +25,7 @@ const RECIPE = "sd35_recipe";
 const REPORT = "sd35_report"; // among a node's outputs; nodes/host/report.py
 const UNREAD = "Not shown: this node is bypassed, muted or in a subgraph that no node stands for.";
 const PAUSE = 120;
+const USE_OURS = "SD3.5: use this pack's nodes";
 
 const board = {
     entries: new Map(), // node -> {node, path, state, panel, visible, drawn}; no panel until wanted
@@ -257,8 +259,48 @@ function reportAgain() {
     }
 }
 
+function tell(severity, summary, detail) {
+    app.extensionManager?.toast?.add({ severity, summary, detail, life: 20_000 });
+}
+
+// The workflow, once nothing of it has changed for a while; after two seconds as it is.
+async function settled() {
+    let [before, now] = ["", ""];
+    for (let rounds = 0; rounds < 5 && (!now || now !== before); rounds += 1) {
+        app.canvas.setDirty(true, true);
+        await new Promise((done) => setTimeout(done, 4 * PAUSE));
+        [before, now] = [now, JSON.stringify(root().serialize())];
+    }
+    return JSON.parse(now);
+}
+
+// Puts this pack's nodes in the places of ComfyUI's own. The new workflow comes in as what Ctrl+Y
+// would bring back, so that it is one step of the canvas' own history.
+async function useOurs() {
+    const tracker = app.extensionManager.workflow.activeWorkflow.changeTracker;
+    (tracker.captureCanvasState ?? tracker.checkState).call(tracker);
+    const body = JSON.stringify(root().serialize());
+    const headers = { "Content-Type": "application/json" };
+    const answer = await api.fetchApi("/sd35/migrate", { method: "POST", headers, body });
+    const found = await answer.json();
+    if (!answer.ok) return tell("warn", USE_OURS, found.error);
+    if (!found.replaced.length) return tell("info", USE_OURS, found.report);
+    if (JSON.stringify(root().serialize()) !== body) {
+        return tell("warn", USE_OURS, "The workflow was changed meanwhile, so it stays. Try again.");
+    }
+    tracker.redoQueue.splice(0, Infinity, found.workflow);
+    await tracker.redo();
+    tracker.activeState = await settled(); // or the room that panels take would be a step too
+    tell("success", USE_OURS, `${found.replaced.join("\n")}\nCtrl+Z takes it back.`);
+    if (found.left.length) tell("info", USE_OURS, found.left.join("\n"));
+}
+
 app.registerExtension({
     name: "sd35.panels",
+    commands: [{ id: "SD35.UseOurs", label: USE_OURS, icon: "pi pi-sync", function: useOurs }],
+    getCanvasMenuItems() {
+        return offersOurs(root()) ? [null, { content: USE_OURS, callback: useOurs }] : [];
+    },
     async setup() {
         const style = { rel: "stylesheet", href: new URL("./sd35.css", import.meta.url).href };
         document.head.append(element("link", style));

@@ -1,9 +1,11 @@
-"""The pack's two routes on the host's server, for the panels on the canvas."""
+"""The pack's three routes on the host's server, for what stands on the canvas."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from aiohttp import web
 from server import PromptServer
@@ -12,7 +14,9 @@ from ...sd35_core.errors import SettingError, is_out_of_memory
 from ...sd35_core.sampling.recipes import RECIPES
 from ...sd35_core.workflow.graph import TooLargeError
 from ...sd35_core.workflow.memory import warm_up
+from ...sd35_core.workflow.migration import migration_answer
 from ...sd35_core.workflow.panels import answer, recipe_values
+from ...sd35_core.workflow.reader import FindFile
 from .facts import card_of, find_file
 
 ROUTE = "/sd35"
@@ -25,6 +29,8 @@ TOO_LONG = (
     f"The workflow is too large to check: more than {LARGEST_BODY / 1e6:g} MB. It can be queued "
     "all the same."
 )
+Find = Callable[[bytes, FindFile, float], str]
+"""(a workflow in JSON, its files, seconds) -> the answer in JSON; raises SettingError."""
 WAITING = 32
 """Questions at once; those that come then are refused."""
 
@@ -41,7 +47,8 @@ def serve() -> None:
         return web.json_response(recipes)
 
     server.routes.get(f"{ROUTE}/recipes")(answer_recipes)
-    server.routes.post(f"{ROUTE}/plan")(plans.answer)
+    server.routes.post(f"{ROUTE}/plan")(partial(plans.answer, answer_here))
+    server.routes.post(f"{ROUTE}/migrate")(partial(plans.answer, migration_answer))
 
 
 class Plans:
@@ -51,9 +58,9 @@ class Plans:
         self.thread = ThreadPoolExecutor(1, "sd35-plan")
         self.waiting = 0
 
-    async def answer(self, request: web.Request) -> web.Response:
+    async def answer(self, find: Find, request: web.Request) -> web.Response:
         try:
-            text = await self.text(await asyncio.wait_for(body_of(request), BODY_SECONDS))
+            text = await self.text(find, await asyncio.wait_for(body_of(request), BODY_SECONDS))
         except asyncio.TimeoutError:
             return refused(f"The workflow did not arrive within {BODY_SECONDS} s.", 408)
         except TooLargeError as error:
@@ -66,21 +73,21 @@ class Plans:
             return refused("There is no memory left to check the workflow with.", 503)
         return web.Response(text=text, content_type="application/json")
 
-    async def text(self, body: bytes) -> str:
+    async def text(self, find: Find, body: bytes) -> str:
         if self.waiting >= WAITING:
             raise TooLargeError("Too many workflows wait to be checked. Try again.")
         self.waiting += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.thread, answer_here, body)
+            return await loop.run_in_executor(self.thread, find, body, find_file, SECONDS)
         finally:
             self.waiting -= 1
 
 
-def answer_here(body: bytes) -> str:
+def answer_here(body: bytes, files: FindFile, seconds: float) -> str:
     """The answer to a workflow on this machine; what has to be done once is not in its time."""
     warm_up()
-    return answer(body, find_file, SECONDS, card_of())
+    return answer(body, files, seconds, card_of())
 
 
 async def body_of(request: web.Request) -> bytes:

@@ -27,26 +27,20 @@ from ...sd35_core.encoders.described import (
 from ...sd35_core.errors import CheckpointError, SettingError
 from ...sd35_core.limits import check_filled
 from ...sd35_core.network.config import CONTEXT_WIDTH
+from ...sd35_core.workflow.headers import ENCODER_MARKS
 from .loading import by_the_host, read
 
-CLIP_MARK = "text_model.final_layer_norm.weight"
-MARKS = {
-    "clip_l": (CLIP_MARK, 768),
-    "clip_g": (CLIP_MARK, 1280),
-    "t5xxl": ("encoder.final_layer_norm.weight", CONTEXT_WIDTH),
-}
-"""Encoder -> a tensor that it has, and the width of the published one."""
 TINY = 512
 """Below this width an encoder belongs to a small model trained for itself."""
 
 
 def encoders_in(file: Tensors) -> dict[str, StateDict]:
     """The text encoders of a single-file checkpoint, each under its own keys."""
-    prefixes = {name: f"text_encoders.{name}.transformer." for name in MARKS}
+    prefixes = {name: f"text_encoders.{name}.transformer." for name in ENCODER_MARKS}
     return {
         name: under(file, prefix)
         for name, prefix in prefixes.items()
-        if prefix + MARKS[name][0] in file
+        if prefix + ENCODER_MARKS[name][0] in file
     }
 
 
@@ -57,7 +51,7 @@ def read_encoder(name: str, path: Path, dynamic: bool = True) -> StateDict:
         tensors, _ = comfy.utils.convert_old_quants(dict(file), "", metadata=file.metadata)
     if "transformer.resblocks.0.ln_1.weight" in tensors:
         return tensors
-    mark, width = MARKS[name]
+    mark, width = ENCODER_MARKS[name]
     seen = tensors[mark].numel() if mark in tensors else None
     if seen is None or (seen != width and seen >= TINY):
         raise CheckpointError(
@@ -94,7 +88,7 @@ def clip_from(file: Tensors, paths: dict[str, str | None], disable_dynamic: bool
     for name, tensors in encoders.items():
         source = Path(paths[name] or file.path).name
         check_filled(shapes_of(tensors), f"The text encoder {name} in '{source}'")
-    marks = [(tensors, MARKS[name][0]) for name, tensors in encoders.items()]
+    marks = [(tensors, ENCODER_MARKS[name][0]) for name, tensors in encoders.items()]
     tiny = any(tensors[mark].numel() < TINY for tensors, mark in marks if mark in tensors)
     names = sorted({Path(path).name if path else file.path.name for path in paths.values()})
     with by_the_host(" or ".join(f"'{name}'" for name in names)):
@@ -197,4 +191,4 @@ def _tiny(encoders: dict[str, StateDict], file: Tensors, disable_dynamic: bool) 
 def names_in(clip: Any) -> list[str]:
     """The encoders of a CLIP."""
     model = clip.cond_stage_model if clip is not None else None
-    return [name for name in MARKS if getattr(model, name, None) is not None]
+    return [name for name in ENCODER_MARKS if getattr(model, name, None) is not None]

@@ -39,6 +39,15 @@ class SkipLayers:
         return [step for step in range(steps) if self.active(step, steps)]
 
 
+def shares_around(acting: list[int], count: int) -> tuple[float, float]:
+    """Start and end half a step before the first and after the last step of a run of `count` on
+    which guidance is to act; to three places, as nodes show them. (0, 0) for no step."""
+    if not acting:
+        return 0.0, 0.0
+    start, end = (acting[0] - 0.5) / count, (acting[-1] + 0.5) / count
+    return max(round(start, 3), 0.0), min(round(end, 3), 1.0)
+
+
 def parse_layers(text: str, depth: int | None = None) -> frozenset[int]:
     """ "7, 8, 9" or "7-9" -> {7, 8, 9}; an empty text is no layer.
 

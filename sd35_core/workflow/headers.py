@@ -19,11 +19,17 @@ from ..checkpoint.sizes import Weights, weights_in
 from ..checkpoint.tensor_file import TensorFile
 from ..errors import CheckpointError
 from ..limits import CONTROLNET_LAYERS, counted
-from ..network.config import VARIANTS, MMDiTXConfig
+from ..network.config import CONTEXT_WIDTH, VARIANTS, MMDiTXConfig
 from ..sampling.recipes import recipe_of
 from .setup import Control, Model, Vae
 
 Facts = TypeVar("Facts")
+ENCODER_MARKS = {
+    "clip_l": ("text_model.final_layer_norm.weight", 768),
+    "clip_g": ("text_model.final_layer_norm.weight", 1280),
+    "t5xxl": ("encoder.final_layer_norm.weight", CONTEXT_WIDTH),
+}
+"""Encoder -> a tensor that it has, and the width of the published one."""
 
 OTHER_FAMILIES = {
     "FLUX": r"flux|kontext",
@@ -155,6 +161,29 @@ def vae_in(path: Path, prefix: str = "") -> Vae | None:
     shapes = {mark: file.shape(prefix + mark) for mark in marks if prefix + mark in file}
     wide = next((s[0 if "taesd" in m else 1] for m, s in shapes.items() if len(s) == 4), None)
     return Vae(found.whole, wide) if found.whole else None
+
+
+def control_named(name: str) -> Control:
+    """Facts of a published ControlNet, by its file's name, where the file is not at hand."""
+    plain = name.lower().replace("-", "_").replace("sd35", "sd3.5")
+    found = re.search(r"sd3\.5_(large|medium)\w*_(blur|canny|depth)", plain)
+    if found is None:
+        return Control()
+    return Control(hidden=VARIANTS[f"sd3.5_{found[1]}"].hidden, control_type=found[2])
+
+
+@kept
+def encoder_in(path: Path) -> str | None:
+    """Which of SD3's text encoders a file is, as SD3.5 Loader calls it; None for another."""
+    try:
+        file = TensorFile(path)
+    except CheckpointError:
+        return None
+    marks = ENCODER_MARKS.items()
+    fitting = (
+        name for name, (mark, width) in marks if mark in file and file.shape(mark) == (width,)
+    )
+    return next(fitting, None)
 
 
 @kept

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..network.latent import LATENT_CHANNELS
-from .own_nodes import LOADER, SAMPLER, STEP_CACHE, SWEEP, UPSCALE
+from .own_nodes import (
+    CHECK,
+    FROM_MODEL,
+    LOADER,
+    NONE,
+    SAMPLER,
+    SKIP,
+    STEP_CACHE,
+    SWEEP,
+    UPSCALE,
+)
 
 THEIR_WIDGETS = (
     "model_name", "weight_dtype", "clip_name1", "clip_name2_opt", "clip_name3_opt", "vae_name",
@@ -95,6 +105,19 @@ SAMPLER_NODES = {
     *("ClownsharKSampler", "ClownsharKSampler_Beta"),
 }
 """Of the pack, of ComfyUI and of RES4LYF."""
+SKIPS_OF_THE_HOST = {"SkipLayerGuidanceDiT", "SkipLayerGuidanceSD3", "SkipLayerGuidanceDiTSimple"}
+KEEPING_THE_MODEL = {
+    *SHIFTS,
+    *SKIPS_OF_THE_HOST,
+    *("LoraLoader", "LoraLoaderModelOnly", "TorchCompileModel", "RescaleCFG", "Reroute"),
+    *(SKIP, STEP_CACHE, CHECK),
+}
+"""Nodes that hand on a model as their first output, and act alike on ComfyUI's own and on ours."""
+USING_THE_MODEL = {
+    *(SAMPLER, SWEEP, UPSCALE, "KSampler", "KSamplerAdvanced", "SamplerCustom"),
+    *("BasicGuider", "CFGGuider", "DualCFGGuider", "BasicScheduler"),
+}
+"""Nodes that draw alike with a model of ComfyUI's own loaders and with ours."""
 EMPTY_LATENTS = {"EmptySD3LatentImage": LATENT_CHANNELS, "EmptyLatentImage": 4}
 VIDEO_LATENTS = {"EmptyHunyuanLatentVideo", "EmptyLTXVLatentVideo", "EmptyMochiLatentVideo",
                  "EmptyCosmosLatentVideo", "EmptyHunyuanVideo15Latent"}  # fmt: skip
@@ -107,8 +130,7 @@ TEXT_LOADERS = {
 }
 """Class -> the widgets that name text encoders."""
 STOCK_CONTROLNET_LOADERS = {"ControlNetLoader", "DiffControlNetLoader"}
-SKIPS_OF_THE_HOST = {"SkipLayerGuidanceDiT", "SkipLayerGuidanceSD3", "SkipLayerGuidanceDiTSimple"}
-NO_FILE = {"none", "from model file"}
+NO_FILE = {FROM_MODEL, NONE}
 WIDGETS: dict[str, tuple[str, ...]] = {
     "KSampler": ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"),
     "KSamplerAdvanced": (

@@ -29,6 +29,8 @@ NAMES = {
     CHECK: "SD3.5 Check",
 }
 """Id -> what stands on the node."""
+FROM_MODEL, NONE = "from model file", "none"
+"""What SD3.5 Loader's lists of text encoders and VAEs have beside files."""
 NEED_OUR_MODEL = (SKIP, STEP_CACHE, SWEEP)
 """Nodes that work with a model from SD3.5 Loader alone."""
 CHECK_OUTPUTS = ("model", "positive", "negative", "latent")

@@ -6,6 +6,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,14 +107,9 @@ def api_graph(workflow: dict[str, Any], budget: Budget | None = None) -> Graph:
     Raises SettingError for something else, TooLargeError for what takes too long.
     """
     budget = budget or Budget()
-    if "nodes" in workflow and "links" in workflow:
-        try:
-            return _Canvas(workflow, budget).graph
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise SettingError(
-                f"The workflow's nodes or links are damaged ({error!r}). Open it in ComfyUI and "
-                "save it again."
-            ) from error
+    if is_canvas(workflow):
+        with sound():
+            return Canvas(workflow, budget).graph
     graph = workflow.get("prompt", workflow)
     nodes = graph.items() if isinstance(graph, dict) else ()
     found = {key: node_of(n["class_type"], n["inputs"]) for key, n in nodes if is_node(n)}
@@ -123,6 +119,23 @@ def api_graph(workflow: dict[str, Any], budget: Budget | None = None) -> Graph:
             "(class_type, inputs). Save one in ComfyUI with Workflow > Save or > Export (API)."
         )
     return found
+
+
+def is_canvas(workflow: dict[str, Any]) -> bool:
+    """Whether it is in the canvas' format, not in the API's."""
+    return "nodes" in workflow and "links" in workflow
+
+
+@contextmanager
+def sound() -> Iterator[None]:
+    """What damaged nodes and links of a canvas lead to becomes a SettingError."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise SettingError(
+            f"The workflow's nodes or links are damaged ({error!r}). Open it in ComfyUI and "
+            "save it again."
+        ) from error
 
 
 def is_node(node: Any) -> bool:
@@ -135,22 +148,23 @@ def is_node(node: Any) -> bool:
 
 
 @dataclass
-class _Scope:
+class Scope:
     """The nodes of a canvas, or of one instance of a subgraph on it."""
 
     prefix: str
     nodes: dict[str, dict[str, Any]]
     links: dict[Any, tuple[str, int, Any]]
     """Number -> the node that it comes from, its slot, and the type."""
-    outer: tuple[_Scope, dict[str, Any]] | None = None
+    definition: dict[str, Any]
+    """What the file says of it."""
+    outer: tuple[Scope, dict[str, Any]] | None = None
     """Where it stands, and as which node."""
-    definition: dict[str, Any] = field(default_factory=dict)
-    inner: dict[str, _Scope] = field(default_factory=dict)
+    inner: dict[str, Scope] = field(default_factory=dict)
     """Of the subgraphs in it, by their node."""
     depth: int = 0
 
 
-class _Canvas:
+class Canvas:
     """A canvas file with its subgraphs put in their places, as the host names them ("12:5")."""
 
     def __init__(self, workflow: dict[str, Any], budget: Budget):
@@ -159,13 +173,13 @@ class _Canvas:
         self.definitions = {each["id"]: each for each in subgraphs}
         self.groups = (workflow.get("extra") or {}).get("groupNodes") or {}
         self.count, self.links = 0, 0
-        scopes = list(self._scopes(self._scope("", workflow)))
-        for scope in scopes:
+        self.scopes = list(self._scopes(self._scope("", workflow)))
+        for scope in self.scopes:
             for key, node in scope.nodes.items():
                 if key not in scope.inner and node.get("mode") not in (MUTED, BYPASSED):
                     self._add(scope, key, node)
 
-    def _scope(self, prefix: str, found: dict[str, Any], **more: Any) -> _Scope:
+    def _scope(self, prefix: str, found: dict[str, Any], **more: Any) -> Scope:
         nodes = {str(node["id"])[:LONGEST_NAME]: node for node in found["nodes"]}
         self.count += len(nodes)
         self.links += len(found["links"])
@@ -181,9 +195,9 @@ class _Canvas:
                 links[link["id"]] = (str(origin[0]), *origin[1:])
             elif isinstance(link, list):
                 links[link[0]] = str(link[1]), link[2], link[5]
-        return _Scope(prefix, nodes, links, **more)
+        return Scope(prefix, nodes, links, found, **more)
 
-    def _scopes(self, scope: _Scope) -> Iterator[_Scope]:
+    def _scopes(self, scope: Scope) -> Iterator[Scope]:
         """A scope and those in it that are not muted or bypassed."""
         yield scope
         for key, node in scope.nodes.items():
@@ -202,13 +216,12 @@ class _Canvas:
                 f"{scope.prefix}{key}:"[-LONGEST_NAME:],
                 definition,
                 outer=(scope, node),
-                definition=definition,
                 depth=scope.depth + 1,
             )
             scope.inner[key] = inner
             yield from self._scopes(inner)
 
-    def _add(self, scope: _Scope, key: str, node: dict[str, Any]) -> None:
+    def _add(self, scope: Scope, key: str, node: dict[str, Any]) -> None:
         self.budget.spend()
         if node["type"] in ("PrimitiveNode", "SetNode", "GetNode"):
             return  # what they pass on is looked up where it is used
@@ -220,7 +233,7 @@ class _Canvas:
                     inputs[slot["name"]] = value
         self.graph[scope.prefix + key] = node_of(node["type"], inputs, node.get("properties"))
 
-    def _source(self, scope: _Scope, number: Any) -> Any:
+    def _source(self, scope: Scope, number: Any) -> Any:
         """What a link brings: [node, slot], or a widget's value from another node."""
         seen: set[tuple[int, Any]] = set()
         while (id(scope), number) not in seen:
@@ -261,7 +274,7 @@ class _Canvas:
                 return [scope.prefix + key, slot]
         return None
 
-    def _setter(self, scope: _Scope, getter: dict[str, Any]) -> tuple[_Scope, Any] | None:
+    def _setter(self, scope: Scope, getter: dict[str, Any]) -> tuple[Scope, Any] | None:
         """The link that a Set node of the same name takes, here or further out."""
         name = next(iter(getter.get("widgets_values") or ()), None)
         while True:

@@ -9,6 +9,8 @@ import pytest
 
 from tools import host as hosts
 
+from ..conftest import PACK
+
 CHINESE = re.compile("[\u4e00-\u9fff]")
 SYNTAX = re.compile(r"[{}@$|]")
 """What vue-i18n, which the front end uses, reads as more than text."""
@@ -61,6 +63,14 @@ def test_all_words_are_chinese_but_the_names_of_inputs_and_outputs(words: Words)
     latin = [key for key, text in words.items() if not CHINESE.search(text)]
     assert [key for key in latin if key[-1] != "name"] == []
     assert all(words[key] for key in latin)
+
+
+def test_the_canvas_commands_have_chinese_words(server: hosts.Server) -> None:
+    script = (PACK / "web" / "sd35.js").read_text(encoding="utf-8")
+    commands = {name.replace(".", "_") for name in re.findall(r'id: "(SD35\.\w+)"', script)}
+    found = hosts.call(server.url, "/i18n")["zh"]["commands"]
+    assert commands and {name for name in found if name.startswith("SD35")} == commands
+    assert all(CHINESE.search(found[name]["label"]) for name in commands)
 
 
 def test_no_text_holds_a_sign_that_the_front_end_takes_for_code(words: Words) -> None:

@@ -42,7 +42,7 @@ def test_loading_the_pack_changes_nothing_of_the_host(comfyui: hosts.Host, tmp_p
     hosts.link_pack(tmp_path / "custom_nodes")
     seen = loaded(comfyui, tmp_path, tmp_path / "custom_nodes" / hosts.PACK_NAME)
     assert seen["loaded"] and seen["changed"] == []
-    assert sorted(seen["routes"]) == ["/sd35/plan", "/sd35/recipes"]
+    assert sorted(seen["routes"]) == ["/sd35/migrate", "/sd35/plan", "/sd35/recipes"]
 
 
 def test_a_pack_that_changes_the_host_would_be_noticed(comfyui: hosts.Host, tmp_path: Path) -> None:

@@ -81,6 +81,22 @@ def test_the_whole_hostile_corpus_leaves_the_server_as_it_was(
     assert "Traceback" not in server.log_tail(10**6)[said:]
 
 
+def test_hostile_workflows_cost_the_migration_its_budget_alone(server: hosts.Server) -> None:
+    async def ask(body: bytes) -> int:
+        async with (
+            aiohttp.ClientSession(server.url) as session,
+            session.post("/sd35/migrate", data=body) as answer,
+        ):
+            found = json.loads(await answer.read())
+            assert found.get("report") or found["error"]
+            return answer.status
+
+    for name in SLOWEST:
+        started = time.perf_counter()
+        assert asyncio.run(ask(json.dumps(HOSTILE[name]).encode())) in (200, 413)
+        assert time.perf_counter() - started < 5, name
+
+
 def test_too_many_questions_are_refused_and_the_next_one_is_answered(server: hosts.Server) -> None:
     body = json.dumps(HOSTILE["a hundred ControlNets on ten thousand steps"]).encode()
     answers, seconds = asyncio.run(together(server.url, [body] * 60))

@@ -31,7 +31,8 @@ ROOMS = {
         *("sampling", "whole_file"),
     },
     "workflow": {
-        *("checkpoint", "errors", "limits", "network", "quantization", "sampling", "words"),
+        *("checkpoint", "errors", "limits", "network", "quantization", "sampling", "whole_file"),
+        "words",
     },
 }
 """Packages and modules of the core -> what they import of each other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sd35_core.workflow.check import check, files_under
+from sd35_core.workflow.migration import migration_answer
 from sd35_core.workflow.panels import answer
 from sd35_core.workflow.workflow_file import api_graph, read_workflow
 
 from ..fuzzing import JUNK, TRICKS, WRITTEN, survives
+from .stock_workflows import SKIP, stock
 
 NUMBERS = st.sampled_from(
     [0, 1, -1, 5, 10_000, 10**9, 2**63, 2**64, 10**400, 0.5, 1e-300, 5e-324, 1e300, -0.0,
@@ -136,6 +139,37 @@ def test_plan(workflow: dict[str, Any], cut: int) -> None:
         words = [text for _, text in panel.get("findings", [])] + [panel.get("error") or ""]
         assert not any(set(text) & {"\n", "\x1b", "\ud800"} for text in words)
         assert len(panel.get("sigmas", ())) <= 10_001
+
+
+STOCK = [stock(), stock(shift=2.0, skip=SKIP, controlnet="sd3.5_large_canny.safetensors")]
+ANYWHERE = st.lists(
+    st.tuples(st.sampled_from(["nodes", "links"]), st.integers(0, 11), st.integers(0, 12), VALUES),
+    max_size=3,
+)
+"""What is put where in a sound workflow: a node or link, one of its entries, the value."""
+
+
+def spoiled(workflow: dict[str, Any], spots: list[tuple[str, int, int, Any]]) -> dict[str, Any]:
+    made = copy.deepcopy(workflow)
+    for kind, row, entry, value in spots:
+        found = made[kind][row % len(made[kind])]
+        if isinstance(found, (dict, list)) and found:
+            keys = list(found) if isinstance(found, dict) else list(range(len(found)))
+            found[keys[entry % len(keys)]] = value
+    return made
+
+
+@WRITTEN
+@given(WORKFLOW | st.builds(spoiled, st.sampled_from(STOCK), ANYWHERE))
+def test_migration(workflow: dict[str, Any]) -> None:
+    """What the canvas is given in its place can be read again."""
+    body = json.dumps(workflow).encode()
+    found = survives(lambda: migration_answer(body, files_under(None), 0.5))
+    if found:
+        answer = json.loads(found, parse_constant=pytest.fail)
+        assert not set("".join(answer["replaced"] + answer["left"])) & {"\n", "\x1b", "\ud800"}
+        if answer["replaced"]:
+            api_graph(answer["workflow"])
 
 
 @WRITTEN

@@ -11,7 +11,7 @@ import pytest
 
 from sd35_core.workflow.workflow_file import api_graph
 from tools import blueprints
-from tools.layout import HIGHEST, NOTE, TITLE, WIDEST, laid_out
+from tools.layout import APPS, HIGHEST, NOTE, TITLE, WIDEST, as_app, laid_out
 
 from ..conftest import PACK
 
@@ -51,6 +51,8 @@ def within(a: Box, b: Box) -> bool:
 def test_a_workflow_is_laid_out_to_be_read(path: Path) -> None:
     workflow = read(path)
     assert laid_out(workflow) == workflow, "run python tools/layout.py"
+    assert as_app(workflow, path.stem) == workflow, "run python tools/layout.py"
+    assert ("linearData" in workflow["extra"]) == (path.stem in APPS)
     boxes = {node["id"]: box(node) for node in workflow["nodes"]}
     groups = [group_box(group) for group in workflow["groups"]]
     for a, b in itertools.combinations(boxes.values(), 2):
