@@ -228,7 +228,7 @@ def test_it_learns_pixels_without_a_vae_and_draws_them(program: Path, channels: 
     command = ["sample", str(out), "--steps", "2"]
     command += ["--prompt", "a red square", "--prompt", "a blue square"]
     assert draw(command) == 0 and draw([*command, "--seed", "1"]) == 0
-    first, second = (Image.open(path) for path in sorted(out.glob("sample*.png")))
+    first, second = (Image.open(out / name) for name in ("sample.png", "sample_2.png"))
     assert first.size in ((32, 64), (64, 64)) and first.tobytes() != second.tobytes()
     assert draw([*command, "--size", "0x32"]) == 1
     red, green, blue = first.split()
