@@ -11,7 +11,15 @@ from ..sd35_core.encoders import hints
 from ..sd35_core.errors import SettingError
 from ..sd35_core.workflow.own_nodes import NAMES
 from .host import files
-from .host.controlnet import COMFYUI, STABILITY, Options, controlnet_from, from_loader, steered
+from .host.controlnet import (
+    COMFYUI,
+    STABILITY,
+    Options,
+    check_kind,
+    controlnet_from,
+    from_loader,
+    steered,
+)
 from .host.loading import read
 from .host.memory import enough_memory
 from .host.packed import described
@@ -158,6 +166,7 @@ class SD35ControlNetApply(io.ComfyNode):
             )
         if strength == 0 or start == end:
             return io.NodeOutput(positive, negative)
+        check_kind(control_net)
         hint = hints.rgb(image)
         prompts = steered((positive, negative), control_net, vae, hint, strength, (start, end))
         return io.NodeOutput(*prompts)

@@ -119,7 +119,9 @@ function show(plan) {
         const paths = node.graph ? pathsOf(node, root()) : [];
         entry.path = paths.find((path) => plan[path]) ?? null;
         entry.state = plan[entry.path] ?? refused(UNREAD);
-        const { loader, model_recipe: recipe } = entry.state;
+        const { loader, model_recipe: recipe, fitting, depth } = entry.state;
+        if (fitting && entry.fresh) write(entry.path, { layers: fitting });
+        if (depth) entry.fresh = false;
         if (recipe && loader !== null && loaders.includes(loader)) apply(entry, recipe);
         draw(entry);
     }
@@ -202,6 +204,7 @@ function after(node, method, also) {
 // when it is first drawn. Nodes 2.0 draws none there, and builds a node fastest with its widgets.
 function expectPanel(node) {
     const entry = { node, path: null, state: null, panel: null, visible: false, drawn: "" };
+    entry.fresh = !app.configuringGraph; // put down by a person, and not on a model yet
     board.entries.set(node, entry);
     after(node, "onRemoved", () => {
         entry.panel?.remove();

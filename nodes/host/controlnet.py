@@ -221,6 +221,26 @@ class SD35ControlNet(comfy.controlnet.ControlNet):
         return found
 
 
+OF_THE_HOST = (
+    comfy.controlnet.ControlNet,
+    comfy.controlnet.ControlLora,
+    comfy.controlnet.T2IAdapter,
+)
+"""ComfyUI's own classes; those of other packs are left to themselves."""
+
+
+def check_kind(control_net: Any) -> None:
+    """Raise SettingError for a ControlNet of ComfyUI's own loader for another model than SD3.5.
+    Flux's latents are of a class below SD3's there, and are not SD3's."""
+    form = getattr(control_net, "latent_format", None)
+    if type(control_net) in OF_THE_HOST and type(form) is not comfy.latent_formats.SD3:
+        made_for = f"one made for {type(form).__name__}" if form else "one of an older model"
+        raise SettingError(
+            f"control_net is a {type(control_net).__name__}, {made_for}, and this node steers "
+            "SD3.5. Load a ControlNet for SD3.5 with SD35ControlNetLoader."
+        )
+
+
 def steered(
     prompts: tuple[Any, ...],
     control_net: Any,

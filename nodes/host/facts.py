@@ -240,7 +240,7 @@ def control_fact(control: Any) -> Control:
         layers = len(control.control_model.transformer_blocks)
     elif type(control) is not comfy.controlnet.ControlNet or not control.latent_format:
         foreign = f"a {type(control).__name__} of another model"
-    elif not isinstance(control.latent_format, comfy.latent_formats.SD3):
+    elif type(control.latent_format) is not comfy.latent_formats.SD3:
         foreign = f"made for {type(control.latent_format).__name__}"
     start, end = control.timestep_percent_range
     picture = control.cond_hint_original

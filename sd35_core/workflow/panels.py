@@ -12,8 +12,9 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import SettingError
+from ..network.config import VARIANTS
 from ..sampling.guidance import SkipLayers, parse_layers
-from ..sampling.recipes import LAYER_PRESETS, RECIPES, Recipe, layers_text
+from ..sampling.recipes import LAYER_PRESETS, MEDIUM_LAYERS, RECIPES, Recipe, layers_text
 from .check import findings
 from .finding import Finding
 from .graph import Budget, TooLargeError
@@ -165,7 +166,18 @@ def skip_panel(reader: Reader, key: str) -> dict[str, Any]:
         panel["layers"] = sorted(parse_layers(text if isinstance(text, str) else "", depth))
     except SettingError as error:
         panel |= {"error": str(error), "errors": 1}
+        if text == layers_text(MEDIUM_LAYERS.layers) and depth is not None:
+            panel["fitting"] = layers_within(depth, panel["presets"])
     return panel
+
+
+def layers_within(depth: int, presets: list[list[str]]) -> str:
+    """What a new node's layers become on a model that has not Medium's: those that are known for
+    it, else as far in as Medium's are in its own."""
+    if presets:
+        return presets[0][1]
+    whole = VARIANTS["sd3.5_medium"].depth
+    return layers_text(frozenset(layer * depth // whole for layer in MEDIUM_LAYERS.layers))
 
 
 def errors(found: list[Finding]) -> int:

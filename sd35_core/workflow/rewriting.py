@@ -11,7 +11,7 @@ from .shapes import SHAPES, WIDGET_TYPES
 from .workflow_file import INPUTS, SEED_MODES, Canvas, Scope, is_node, widgets_of
 
 Json = dict[str, Any]
-LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+LINK: tuple[str, ...] = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
 """What a link's places mean where it is a list."""
 
 
@@ -135,7 +135,7 @@ class _Rewriting:
     def __init__(self, found: Json, changes: Changes, budget: Budget):
         self.found, self.changes, self.budget = found, changes, budget
         self.nodes = {str(node["id"]): node for node in found["nodes"]}
-        named = [
+        named: list[Json] = [
             dict(zip(LINK, x)) if isinstance(x, list) else dict(x or {}) for x in found["links"]
         ]
         self.links: dict[Any, Json] = {link["id"]: link for link in named if "id" in link}
@@ -176,7 +176,7 @@ class _Rewriting:
         """Take out a node whose output another one gives."""
         into = [self.links.pop(number) for number in self.into.get(key, ()) if number in self.links]
         if change.node is None:
-            slots = list(self.nodes[key].get("inputs") or ())
+            slots: list[Json] = list(self.nodes[key].get("inputs") or ())
             given = [x for x in into if slots[x["target_slot"]].get("name") == "model"]
             source = given[0]["origin_id"], given[0]["origin_slot"]
         else:
@@ -191,7 +191,7 @@ class _Rewriting:
     def _swapped(self, node: Json, swap: Swap) -> Json:
         """A node of another class with the old one's links, widgets, place and looks."""
         shape, before = SHAPES[swap.kind], widgets_of(node)
-        old = list(node.get("inputs") or ())
+        old: list[Json] = list(node.get("inputs") or ())
         slots = {swap.names.get(slot.get("name"), ""): slot for slot in old}
         inputs: list[Json] = []
         values: list[Any] = []

@@ -53,10 +53,12 @@ def opened(page: Any, workflow: dict[str, Any]) -> None:
 
 
 def with_skip_layers(page: Any) -> None:
-    """The shipped text-to-image workflow, with a SkipLayerGuidance before its sampler."""
+    """The shipped text-to-image workflow, with Medium's SkipLayerGuidance before its sampler."""
     opened(page, read(PACK / "workflows" / "text_to_image.json"))
     with answered(page):
         of(page, SAMPLER, ADD_SKIP_LAYERS)
+    page.wait_for_timeout(500)  # it takes a layer of the small model
+    set_widget(page, SKIP, "layers", "7, 8, 9")
 
 
 ADD_SKIP_LAYERS = """const skip = LiteGraph.createNode('SkipLayerGuidance'); app.graph.add(skip);

@@ -11,6 +11,7 @@ from tools import host as hosts
 
 from ..conftest import PACK
 from .board import (
+    ADD_SKIP_LAYERS,
     LOADER,
     LONG,
     PANEL,
@@ -36,6 +37,23 @@ PLACES = {
     "EmptySD3LatentImage": (0, 420), "SD35Sampler": (900, 0), "VAEDecode": (1320, 0),
     "SaveImage": (1320, 150),
 }  # fmt: skip
+
+
+def test_a_new_guidance_takes_layers_of_the_model_and_an_opened_one_keeps_its_own(
+    page: Any,
+) -> None:
+    opened(page, read(PACK / "workflows" / "text_to_image.json"))
+    with answered(page):
+        of(page, SAMPLER, ADD_SKIP_LAYERS)
+    page.wait_for_timeout(1000)
+    assert widgets(page, SKIP)["layers"] == "1"
+    set_widget(page, SKIP, "layers", "7, 8, 9")
+    page.wait_for_timeout(500)
+    assert widgets(page, SKIP)["layers"] == "7, 8, 9", "what a person writes stays"
+    with answered(page):
+        page.evaluate("async () => await app.loadGraphData(app.graph.serialize())")
+    page.wait_for_timeout(1000)
+    assert widgets(page, SKIP)["layers"] == "7, 8, 9", "what a file says stays"
 
 
 def test_a_recipe_fills_the_widgets_marks_changes_and_comes_back(page: Any) -> None:

@@ -68,6 +68,7 @@ def comfy(comfyui: hosts.Host, base: Path) -> SimpleNamespace:
         text=module("host.text"),
         loader=module("loader"),
         controlnet=module("controlnet"),
+        facts=module("host.facts"),
         host_controlnet=module("host.controlnet"),
         calibration=module("host.calibration"),
         quantize=module("quantize"),

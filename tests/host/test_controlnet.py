@@ -401,6 +401,27 @@ def test_a_hint_is_made_for_the_controlnets_own_kind(
     assert torch.allclose(dark, depth, atol=1e-5) and torch.allclose(same, seen, atol=1e-5)
 
 
+def test_the_hosts_own_controlnet_for_another_model_is_refused_before_the_run(
+    comfy: SimpleNamespace, files: dict[str, Path], vae: Any, picture: Tensor, conds: Conds
+) -> None:
+    import comfy.controlnet as host_controlnet
+    import comfy.latent_formats as formats
+
+    def apply(control_net: Any) -> Any:
+        node = comfy.controlnet.SD35ControlNetApply
+        prompts = conds.positive, conds.negative
+        return node.execute(*prompts, control_net, vae, picture, 1.0, 0.0, 1.0).result
+
+    with pytest.raises(Exception, match="a ControlNet, one of an older model, and this node"):
+        apply(host_controlnet.ControlNet(None))
+    flux = host_controlnet.ControlNet(None, latent_format=formats.Flux())
+    with pytest.raises(Exception, match="one made for Flux"):
+        apply(flux)
+    flux.set_cond_hint(picture.movedim(-1, 1), 1.0, (0.0, 1.0))
+    assert comfy.facts.control_fact(flux).foreign == "made for Flux", "the check says so too"
+    assert apply(host_controlnet.load_controlnet(str(files["canny 8b"])))
+
+
 def test_another_kind_of_hint_is_refused(
     comfy: SimpleNamespace, files: dict[str, Path], picture: Tensor
 ) -> None:

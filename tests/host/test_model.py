@@ -248,6 +248,16 @@ def test_the_prompt_of_another_model_is_refused_with_both_widths(ours: Any, ksam
         ksampler(ours, positive=wrong, negative=wrong)
 
 
+def test_the_latent_of_another_model_is_refused_with_both_numbers(
+    comfy: SimpleNamespace, ours: Any, conds: Conds
+) -> None:
+    """An empty one becomes SD3.5's; a picture's of another VAE can't."""
+    node, settings = comfy.sampler.SD35Sampler, (1, 2, 4.0, 3.0, "euler", "simple", 1.0)
+    latent = {"samples": torch.ones(1, 4, 8, 8)}
+    with pytest.raises(Exception, match=r"\[2, 4, 8, 8\], expected 16 channels"):
+        node.execute(ours, conds.positive, conds.negative, latent, *settings)
+
+
 def test_nothing_is_registered_in_the_host(comfy: SimpleNamespace) -> None:
     import comfy.supported_models as supported
 

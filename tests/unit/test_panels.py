@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from sd35_core.errors import SettingError
+from sd35_core.sampling.guidance import parse_layers
 from sd35_core.sampling.schedules import MOST_STEPS, make_sigmas
 from sd35_core.workflow.__main__ import main
 from sd35_core.workflow.graph import LARGEST_NUMBER, LONGEST_TEXT, TooLargeError, bounded_value
-from sd35_core.workflow.panels import LARGEST_ANSWER, answer
+from sd35_core.workflow.panels import LARGEST_ANSWER, answer, layers_within
 
 from ..conftest import PACK
 from .hostile_plans import HOSTILE, sampler
@@ -98,3 +99,14 @@ def test_every_workflow_of_the_pack_is_answered_within_the_budget() -> None:
         answer(path.read_bytes(), lambda folder, name: None, SECONDS)
     with pytest.raises(TooLargeError):
         answer(path.read_bytes(), lambda folder, name: None, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("depth", "presets", "layers"),
+    [(6, [], "1, 2"), (12, [], "3, 4"), (38, [], "11, 12, 14"), (4, [["x", "1"]], "1")],
+)
+def test_a_new_guidance_finds_layers_that_are_there(
+    depth: int, presets: list[list[str]], layers: str
+) -> None:
+    assert layers_within(depth, presets) == layers
+    assert parse_layers(layers, depth)
