@@ -192,7 +192,7 @@ class _Rewriting:
         """A node of another class with the old one's links, widgets, place and looks."""
         shape, before = SHAPES[swap.kind], widgets_of(node)
         old: list[Json] = list(node.get("inputs") or ())
-        slots = {swap.names.get(slot.get("name"), ""): slot for slot in old}
+        slots = {swap.names.get(slot.get("name") or "", ""): slot for slot in old}
         inputs: list[Json] = []
         values: list[Any] = []
         for name, kind, default in shape.inputs:
@@ -207,7 +207,7 @@ class _Rewriting:
         places = {slot["name"]: place for place, slot in enumerate(inputs)}
         for number in self.into.get(str(node["id"]), ()):
             link = self.links[number]
-            name = swap.names.get(old[link["target_slot"]].get("name"))
+            name = swap.names.get(old[link["target_slot"]].get("name") or "")
             if name in places:
                 self.links[number] = {**link, "target_slot": places[name]}
             else:
