@@ -13,10 +13,10 @@ from server import PromptServer
 from ...sd35_core.errors import SettingError, is_out_of_memory
 from ...sd35_core.sampling.recipes import RECIPES
 from ...sd35_core.workflow.graph import TooLargeError
+from ...sd35_core.workflow.holdings import FindFile
 from ...sd35_core.workflow.memory import warm_up
 from ...sd35_core.workflow.migration import migration_answer
 from ...sd35_core.workflow.panels import answer, recipe_values
-from ...sd35_core.workflow.reader import FindFile
 from .facts import card_of, find_file
 
 ROUTE = "/sd35"

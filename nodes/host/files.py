@@ -8,14 +8,13 @@ from pathlib import Path
 import folder_paths
 
 from ...sd35_core.checkpoint.gguf_file import EXTENSION
-from ...sd35_core.checkpoint.tensor_file import is_later_piece, pieces_of
+from ...sd35_core.checkpoint.tensor_file import SAFETENSORS, is_later_piece, pieces_of
 from ...sd35_core.errors import CheckpointError
 
 PACK_MODELS = Path(__file__).resolve().parents[2] / "models"
 PACK_CONTROLNETS = "controlnet"
 """The folder beside a model of the pack that holds its ControlNets."""
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
-FORMATS = (".safetensors", ".sft")
 
 
 def model_files() -> list[str]:
@@ -65,7 +64,7 @@ def first_folder(folder: str) -> Path:
 def listed(folder: str) -> list[str]:
     """The safetensors files of one of the host's model folders; of a model in several files the
     first, which stands for all."""
-    names = [n for n in folder_paths.get_filename_list(folder) if n.lower().endswith(FORMATS)]
+    names = [n for n in folder_paths.get_filename_list(folder) if n.lower().endswith(SAFETENSORS)]
     return [name for name in names if not is_later_piece(Path(name).name)]
 
 

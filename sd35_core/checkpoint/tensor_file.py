@@ -37,6 +37,8 @@ DTYPES = {
 """safetensors' names of the formats that occur in models."""
 if hasattr(torch, "float8_e8m0fnu"):  # from torch 2.7 on: scales that are powers of two
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+SAFETENSORS = (".safetensors", ".sft")
+"""How the names of such files end, in small letters."""
 NUMBERED = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})(\.safetensors|\.sft)", re.IGNORECASE)
 """The names of a model's files where it has several, as diffusers and transformers save it."""
 

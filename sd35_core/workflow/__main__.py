@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.tensor_file import TensorFile
+from ..checkpoint.tensor_file import SAFETENSORS, TensorFile
 from ..errors import CheckpointError, SettingError
 from ..whole_file import write_text
 from ..words import printable
@@ -32,7 +32,6 @@ from .reader import MOST
 from .setup import Card, Lora
 from .workflow_file import is_node, read_workflow
 
-LORA_FILES = (".safetensors", ".sft")
 LEAST_CARD, MOST_CARD = 0.1, 10_000
 """GB."""
 
@@ -82,7 +81,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--strict", action="store_true", help="warnings fail too")
     parser.add_argument("--migrate", type=Path, metavar="OUT", help="write it with our nodes")
     options = parser.parse_args(arguments)
-    if options.file.suffix.lower() in LORA_FILES:
+    if options.file.suffix.lower() in SAFETENSORS:
         return about_lora(options.file)
     try:
         with options.file.open("rb") as file:

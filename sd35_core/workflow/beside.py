@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from ..checkpoint.tensor_file import SAFETENSORS
 from ..network.latent import LATENT_CHANNELS
 from .headers import encoder_in, vae_channels
 from .known_nodes import TEXT_LOADERS
-from .own_nodes import NONE
+from .own_nodes import ENCODERS, NONE
 from .reader import Reader
-
-SAFETENSORS = (".safetensors", ".sft")
-"""What SD3.5 Loader lists, beside GGUF."""
-ENCODERS: tuple[str, ...] = ("clip_l", "clip_g", "t5xxl")
 
 
 def encoders_beside(reader: Reader, key: str) -> dict[str, str] | None:

@@ -13,16 +13,11 @@ from .graph import Budget, Graph
 from .headers import vae_channels, vae_in, weights_under
 from .known_nodes import CHECKPOINT_LOADER, GGUF_LOADER, LOADERS, NO_FILE, TEXT_LOADERS
 from .latents import Latents
-from .own_nodes import LOADER, UPSCALE
+from .own_nodes import ENCODERS, FROM_MODEL, LOADER, NONE, T5, UPSCALE
 from .setup import Encoders, Model, Vae
 
 FindFile = Callable[[str, str], "Path | None"]
 """(folder, name) -> the file that a widget names."""
-
-FROM_MODEL = "from model file"
-T5 = "t5xxl"
-ENCODERS = ("clip_l", "clip_g", T5)
-"""As the loader's widgets and a checkpoint's keys call them."""
 
 
 class Holdings(Latents):
@@ -55,7 +50,7 @@ class Holdings(Latents):
         of_model = self.kind(loader) == CHECKPOINT_LOADER
         for widget in ENCODERS if of_model else TEXT_LOADERS[self.kind(loader)]:
             name = FROM_MODEL if of_model else self.value(loader, widget)
-            if name == "none":
+            if name == NONE:
                 continue
             if name == FROM_MODEL:
                 path = self.model_file(loader)
@@ -125,7 +120,7 @@ class Holdings(Latents):
         link = self.link(key, "vae")
         if link is None:
             return 0
-        if self.kind(link[0]) == LOADER and self.value(link[0], "vae") == "none":
+        if self.kind(link[0]) == LOADER and self.value(link[0], "vae") == NONE:
             return 0
         name = self.value(link[0], "vae", "vae_name")
         path = self.file(("vae",), name)

@@ -8,6 +8,7 @@ from typing import Any
 from ..network.latent import LATENT_CHANNELS
 from .own_nodes import (
     CHECK,
+    ENCODERS,
     FROM_MODEL,
     LOADER,
     NONE,
@@ -31,11 +32,11 @@ def is_theirs(inputs: Mapping[str, Any]) -> bool:
 
 def as_ours(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of RES4LYF's SD35Loader as ours; text encoders are told by their files' names."""
-    found = {"clip_l": "none", "clip_g": "none", "t5xxl": "none"}
+    found = dict.fromkeys(ENCODERS, NONE)
     for widget in ("clip_name1", "clip_name2_opt", "clip_name3_opt"):
         name = inputs.get(widget)
         if name == ".use_ckpt_clip":
-            found = dict.fromkeys(found, "from model file")
+            found = dict.fromkeys(ENCODERS, FROM_MODEL)
         elif isinstance(name, str) and name != ".none":
             plain = name.lower()
             kind = "t5xxl" if "t5" in plain else "clip_g" if "clip_g" in plain else "clip_l"
@@ -44,7 +45,7 @@ def as_ours(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "model": inputs.get("model_name"),
         **found,
-        "vae": "from model file" if vae == ".use_ckpt_vae" else vae,
+        "vae": FROM_MODEL if vae == ".use_ckpt_vae" else vae,
         "weight_dtype": inputs.get("weight_dtype", "default"),
     }
 
@@ -123,7 +124,7 @@ VIDEO_LATENTS = {"EmptyHunyuanLatentVideo", "EmptyLTXVLatentVideo", "EmptyMochiL
                  "EmptyCosmosLatentVideo", "EmptyHunyuanVideo15Latent"}  # fmt: skip
 """With a dimension for time, which SD3 does not take."""
 TEXT_LOADERS = {
-    LOADER: ("clip_l", "clip_g", "t5xxl"),
+    LOADER: ENCODERS,
     "CLIPLoader": ("clip_name",),
     "DualCLIPLoader": ("clip_name1", "clip_name2"),
     "TripleCLIPLoader": ("clip_name1", "clip_name2", "clip_name3"),

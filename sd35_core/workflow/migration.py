@@ -8,8 +8,9 @@ from typing import Any
 
 from ..errors import SettingError
 from .graph import Budget
+from .holdings import FindFile
 from .planning import Planner
-from .reader import FindFile, Reader
+from .reader import Reader
 from .rewriting import Changes, graph_id, rewritten_canvas, rewritten_prompt
 from .workflow_file import Canvas, api_graph, is_canvas, parsed, sound
 

@@ -31,6 +31,9 @@ NAMES = {
 """Id -> what stands on the node."""
 FROM_MODEL, NONE = "from model file", "none"
 """What SD3.5 Loader's lists of text encoders and VAEs have beside files."""
+T5 = "t5xxl"
+ENCODERS: tuple[str, ...] = ("clip_l", "clip_g", T5)
+"""SD3.5 Loader's text encoders, as a checkpoint's keys call them too."""
 NEED_OUR_MODEL = (SKIP, STEP_CACHE, SWEEP)
 """Nodes that work with a model from SD3.5 Loader alone."""
 CHECK_OUTPUTS = ("model", "positive", "negative", "latent")

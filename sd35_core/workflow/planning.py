@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, cached_property
 
+from ..checkpoint.tensor_file import SAFETENSORS
 from ..sampling.guidance import SkipLayers, shares_around
 from ..sampling.recipes import layers_text
 from ..sampling.samplers import SAMPLERS
 from ..sampling.schedules import DEFAULT_SHIFT, SCHEDULES, acting_steps
 from ..words import printable
-from .beside import ENCODERS, SAFETENSORS, encoders_beside, vae_beside
+from .beside import encoders_beside, vae_beside
 from .graph import Link
 from .headers import control_in, control_named
 from .known_nodes import (
@@ -23,7 +24,7 @@ from .known_nodes import (
     USING_THE_MODEL,
     is_theirs,
 )
-from .own_nodes import FROM_MODEL, LOADER, NAMES, NONE, SAMPLER, SKIP
+from .own_nodes import ENCODERS, FROM_MODEL, LOADER, NAMES, NONE, SAMPLER, SKIP
 from .reader import Reader
 from .rewriting import Passed, Swap
 from .setup import SD3, Setup

@@ -29,7 +29,17 @@ from .known_nodes import (
     is_theirs,
 )
 from .lora_files import lora_in
-from .own_nodes import LOADER, NAMES, NEED_OUR_MODEL, SAMPLER, SKIP, SWEEP, UPSCALE
+from .own_nodes import (
+    FROM_MODEL,
+    LOADER,
+    NAMES,
+    NEED_OUR_MODEL,
+    NONE,
+    SAMPLER,
+    SKIP,
+    SWEEP,
+    UPSCALE,
+)
 from .setup import (
     Card,
     Control,
@@ -228,12 +238,12 @@ class Reader(Holdings):
         if kind == CHECKPOINT_LOADER:
             return self.weighed(Encoders(), loader)
         names = [self.value(loader, widget) for widget in TEXT_LOADERS[kind]]
-        files = [name for name in names if isinstance(name, str) and name != "none"]
+        files = [name for name in names if isinstance(name, str) and name != NONE]
         made_for = self.value(loader, "type")
         if kind == "TripleCLIPLoader" or not isinstance(made_for, str):
             made_for = "sd3"
         t5 = sum("t5" in name.lower() for name in files)
-        if "from model file" in files or any(not isinstance(name, str) for name in names):
+        if FROM_MODEL in files or any(not isinstance(name, str) for name in names):
             return self.weighed(Encoders(made_for), loader)
         return self.weighed(Encoders(made_for, t5=bool(t5), others=len(files) > t5), loader)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .own_nodes import LOADER, SAMPLER, SKIP
+from .own_nodes import ENCODERS, LOADER, SAMPLER, SKIP
 
 CONTROL_LOADER, CONTROL_APPLY = "SD35ControlNetLoader", "SD35ControlNetApply"
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "COMBO"}
@@ -23,7 +23,7 @@ class Shape:
 SHAPES = {
     LOADER: Shape(
         (
-            *((name, "COMBO", None) for name in ("model", "clip_l", "clip_g", "t5xxl", "vae")),
+            *((name, "COMBO", None) for name in ("model", *ENCODERS, "vae")),
             ("weight_dtype", "COMBO", "default"),
             ("modulation_cache", "COMBO", "auto"),
         ),
