@@ -55,8 +55,13 @@ def opened(page: Any, workflow: dict[str, Any]) -> None:
 def with_skip_layers(page: Any) -> None:
     """The shipped text-to-image workflow, with Medium's SkipLayerGuidance before its sampler."""
     opened(page, read(PACK / "workflows" / "text_to_image.json"))
+    add_mediums_layers(page, SAMPLER)
+
+
+def add_mediums_layers(page: Any, before: str) -> None:
+    """Put a SkipLayerGuidance before a node, with Medium's layers, not the small model's."""
     with answered(page):
-        of(page, SAMPLER, ADD_SKIP_LAYERS)
+        of(page, before, ADD_SKIP_LAYERS)
     page.wait_for_timeout(500)  # it takes a layer of the small model
     set_widget(page, SKIP, "layers", "7, 8, 9")
 

@@ -11,9 +11,8 @@ from tools import host as hosts
 
 from ..conftest import PACK
 from .board import (
-    ADD_SKIP_LAYERS,
     PANEL,
-    answered,
+    add_mediums_layers,
     finish,
     fixed_seed,
     of,
@@ -168,8 +167,7 @@ def test_a_node_whose_check_has_an_error_wears_a_badge(page: Any) -> None:
     for kind in ("SD35Sampler", "SkipLayerGuidance"):
         assert of(page, kind, badges) == [], kind
     opened(page, read(PACK / "workflows" / "check.json"))
-    with answered(page):
-        of(page, "SD35Check", ADD_SKIP_LAYERS)
+    add_mediums_layers(page, "SD35Check")
     for kind in ("SD35Check", "SD35Sampler"):
         assert of(page, kind, badges) == ["✖ 1 error"], kind
     shot(page, "badge_of_check")
